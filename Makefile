@@ -1,0 +1,43 @@
+# `make demo` and `make test` are all a fresh machine with Python 3.11 needs: each sets up .venv by itself.
+PYTHON ?= python3.11
+VENV ?= .venv
+TORCH ?= 2.13.0
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		examples/train_unconditional_stf.py @examples/configs/digits_demo.txt --output_dir digits-stf --overwrite_output_dir
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Without an NVIDIA GPU the CPU build, wherever it is found; PyPI's own is the CPU build on macOS and CUDA's on Linux.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	if command -v nvidia-smi >/dev/null; then $(BIN)/pip install torch==$(TORCH); \
+	else $(BIN)/pip install torch==$(TORCH)+cpu \
+	|| $(BIN)/pip install torch==$(TORCH)+cpu --index-url https://download.pytorch.org/whl/cpu \
+	|| $(BIN)/pip install torch==$(TORCH); fi
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch setup.cfg
+	$(BIN)/pip install -e ".[digits,trackers]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch setup.cfg
+	$(BIN)/pip install -e ".[test]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch setup.cfg
+	$(BIN)/pip install -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) digits-stf

@@ -1,0 +1,102 @@
+"""Checkpoints of a training run: written aside, renamed when complete, found again, rotated."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+
+PREFIX = "checkpoint-"
+MANIFEST = "training_state.json"
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints that have their manifest, oldest first. Names being written or removed do not start alike."""
+    found = [path for path in output_dir.glob(f"{PREFIX}*") if (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def find_checkpoint(output_dir: Path, requested: str | None) -> Path | None:
+    """The checkpoint to resume from: None when nothing was requested, or "latest" and there is none.
+
+    Raises:
+        ValueError: a checkpoint requested by name is not there or is not complete.
+    """
+    if requested is None:
+        return None
+    complete = complete_checkpoints(output_dir)
+    if requested == "latest":
+        return complete[-1] if complete else None
+    for path in (Path(requested), output_dir / requested):
+        if (path / MANIFEST).is_file():
+            return path
+    names = ", ".join(path.name for path in complete) or "none"
+    raise ValueError(f"--resume_from_checkpoint {requested}: no complete checkpoint there; in {output_dir}: {names}.")
+
+
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, step: int, ema: EMAModel | None, run: dict[str, Any], limit: int | None
+) -> None:
+    """Save the state after `step` optimizer steps from all processes, then drop the oldest beyond `limit`.
+
+    `run` describes what a resumed run must share with this one.
+    """
+    staging, final = output_dir / f".saving-{PREFIX}{step}", output_dir / f"{PREFIX}{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(staging))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if ema is not None:
+            ema.save_pretrained(staging / "ema")
+        (staging / MANIFEST).write_text(json.dumps({"step": step, "run": run}, indent=2))
+        if final.exists():
+            discard(final)
+        os.replace(staging, final)
+        if limit is not None:
+            for path in complete_checkpoints(output_dir)[:-limit]:
+                discard(path)
+    accelerator.wait_for_everyone()
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint; renamed first, so that a half-removed one is never taken for a whole one."""
+    doomed = checkpoint.with_name(f".removing-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def read_step(checkpoint: Path, run: dict[str, Any]) -> int:
+    """The step of a checkpoint.
+
+    Raises:
+        ValueError: it belongs to a run that differs in what decides the data's order, the weights' shapes or the target.
+    """
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    saved = manifest["run"]
+    differing = [
+        f"{key} ({saved.get(key)} there, {value} now)" for key, value in run.items() if saved.get(key) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{checkpoint} belongs to another run: {'; '.join(differing)}. Use the same values, or start anew in another "
+            "--output_dir."
+        )
+    return int(manifest["step"])
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMAModel | None) -> None:
+    """Load what `save_checkpoint` saved into the prepared objects and `ema`. Torch files are read with weights_only."""
+    accelerator.load_state(str(checkpoint), load_kwargs={"weights_only": True})
+    if ema is not None:
+        ema.load_state_dict(EMAModel.from_pretrained(str(checkpoint / "ema"), UNet2DModel).state_dict())
+        ema.to(accelerator.device)

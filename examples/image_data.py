@@ -1,0 +1,218 @@
+"""Images for the training script: found, checked, decoded, and read by lists of indices."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+def load_digits_dataset() -> datasets.Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8x8, padded with background to 12x12 grey images."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    images = [Image.fromarray(np.pad(image, 2)) for image in pixels]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+    )
+    return datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
+
+
+def load_train_split(
+    name: str | None, config_name: str | None = None, data_dir: str | None = None, cache_dir: str | None = None
+) -> datasets.Dataset:
+    """The training split of a Hub data set, a local folder, a parquet file, or a folder of images.
+
+    Raises:
+        ValueError: there is no split called "train".
+    """
+    if name is None and data_dir is None:
+        return load_digits_dataset()
+    if name is None:
+        loaded = datasets.load_dataset("imagefolder", data_dir=data_dir, cache_dir=cache_dir)
+    elif Path(name).is_file():
+        loaded = datasets.load_dataset(Path(name).suffix.lstrip("."), data_files=name, cache_dir=cache_dir)
+    elif (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
+        loaded = datasets.load_from_disk(name)
+    else:
+        loaded = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if "train" not in loaded:
+        raise ValueError(f"the data set has no 'train' split; it has {sorted(loaded)}. Rename one, or pass a folder.")
+    return loaded["train"]
+
+
+def find_column(dataset: datasets.Dataset, kind: type, requested: str | None, flag: str) -> str | None:
+    """The column that holds `kind` (datasets.Image or datasets.ClassLabel): the one requested, or the only one.
+
+    Returns None where there is no candidate.
+
+    Raises:
+        ValueError: the requested column is missing, or there are several candidates.
+    """
+    if requested is not None:
+        if requested not in dataset.column_names:
+            raise ValueError(f"{flag} {requested}: the data set has the columns {dataset.column_names}.")
+        return requested
+    candidates = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
+    if len(candidates) > 1:
+        raise ValueError(f"the columns {candidates} all qualify; choose one with {flag}.")
+    return candidates[0] if candidates else None
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """PIL images to uint8 tensors (C, R, R): mode, then size, then crop, as Diffusers' scripts do.
+
+    Args:
+        mode: "L", "RGB" or "RGBA".
+        resolution: R; the shorter side is resized to it (bilinear, antialiased).
+        center_crop: crop the centre; otherwise the crop of an image that is not square is random.
+        resize: whether other sizes than R x R are resized and cropped; otherwise they are an error.
+    """
+
+    mode: str
+    resolution: int
+    center_crop: bool
+    resize: bool = True
+
+    @property
+    def channels(self) -> int:
+        return len(self.mode)
+
+    def __call__(self, image: Image.Image, draw: random.Random) -> Tensor:
+        if image.mode in ("I", "F", "I;16", "I;16L", "I;16B", "I;16N"):
+            raise ValueError(f"image mode {image.mode!r} has more than 8 bits a channel. Convert the images to 8 bits.")
+        if self.mode == "L" and image.mode not in ("1", "L", "LA"):
+            raise ValueError(f"found a {image.mode} image among grey ones. Pass --image_mode RGB or --image_mode L.")
+        width, height = image.size
+        if not self.resize and (width, height) != (self.resolution, self.resolution):
+            raise ValueError(
+                f"is {width}x{height} where others are {self.resolution}x{self.resolution}: pass --resolution."
+            )
+        image = image.convert(self.mode)
+        scale = self.resolution / min(width, height)
+        if scale != 1:
+            width, height = max(self.resolution, round(width * scale)), max(self.resolution, round(height * scale))
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        spare_x, spare_y = width - self.resolution, height - self.resolution
+        if spare_x or spare_y:
+            left, top = (
+                (spare_x // 2, spare_y // 2)
+                if self.center_crop
+                else (draw.randint(0, spare_x), draw.randint(0, spare_y))
+            )
+            image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        pixels = np.array(image, dtype=np.uint8).reshape(self.resolution, self.resolution, self.channels)
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def make_reader(
+    dataset: datasets.Dataset, column: str, mode: str | None, resolution: int | None, center_crop: bool
+) -> ImageReader:
+    """A reader for this data set; mode and resolution, where not given, are those of its first image.
+
+    Raises:
+        ValueError: the first image is not square and no resolution is given.
+    """
+    first = dataset[0][column]
+    if not isinstance(first, Image.Image):
+        raise ValueError(f"column {column!r} holds {type(first).__name__}, not images. Choose one with --image_column.")
+    if resolution is None and first.width != first.height:
+        raise ValueError(f"the images are not square ({first.width}x{first.height}): pass --resolution.")
+    mode = mode or ("L" if first.mode in ("1", "L", "LA") else "RGB")
+    return ImageReader(mode, resolution or first.width, center_crop, resize=resolution is not None)
+
+
+class ImageColumn(torch.utils.data.Dataset):
+    """Images and labels by lists of indices, as a dictionary of columns: what `ReferenceBatchCollator` reads.
+
+    With `images` decoded beforehand (`decode_all`) reading is one gather; otherwise images are decoded as they are
+    read, in the DataLoader's workers where there are any. Random crops are a function of `seed` and the list.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        column: str,
+        reader: ImageReader,
+        labels: Sequence[int] | None = None,
+        images: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.dataset, self.column, self.reader, self.images, self.seed = dataset, column, reader, images, seed
+        self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, R, R) of each image."""
+        return self.reader.channels, self.reader.resolution, self.reader.resolution
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        index = torch.tensor(indices)
+        if self.images is not None:
+            columns = {"images": self.images[index]}
+        else:
+            draw = random.Random(f"{self.seed}/{indices}")
+            columns = {
+                "images": torch.stack([self.reader(image, draw) for image in self.dataset[indices][self.column]])
+            }
+        if self.labels is not None:
+            columns["label"] = self.labels[index]
+        return columns
+
+
+def decode_all(
+    dataset: datasets.Dataset, column: str, reader: ImageReader, budget_bytes: float, quiet: bool
+) -> Tensor | None:
+    """All images as one uint8 tensor (N, C, R, R); None where that exceeds the budget or crops are to be random."""
+    size = len(dataset) * reader.channels * reader.resolution**2
+    if size > budget_bytes:
+        return None
+    images = torch.empty((len(dataset), reader.channels, reader.resolution, reader.resolution), dtype=torch.uint8)
+    fixed = random.Random(0)
+    progress = tqdm(dataset.select_columns(column), desc="Decoding images", unit="image", disable=quiet)
+    for row, example in enumerate(progress):
+        image = example[column]
+        if image.width != image.height and not reader.center_crop:
+            progress.close()
+            return None
+        try:
+            images[row] = reader(image, fixed)
+        except ValueError as error:
+            raise ValueError(f"image {row}: {error}") from error
+    return images
+
+
+def measure_standard_deviation(images: ImageColumn, at_most: int = 10_000) -> float:
+    """Standard deviation over all pixels in [-1, 1] of `at_most` evenly spaced images: EDM's sigma_data."""
+    rows = np.unique(np.linspace(0, len(images) - 1, min(len(images), at_most)).astype(int)).tolist()
+    counts = torch.zeros(256, dtype=torch.float64)
+    for start in range(0, len(rows), 500):
+        batch = images.__getitems__(rows[start : start + 500])["images"]
+        counts += torch.bincount(batch.flatten().to(torch.int64), minlength=256).to(torch.float64)
+    weights = counts / counts.sum()
+    values = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    mean = (weights * values).sum()
+    return math.sqrt(float((weights * (values - mean) ** 2).sum()))
+
+
+def flip_at_random(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image of (n, C, H, W) mirrored with probability one half, by draws on the generator's device."""
+    flips = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
+    return torch.where(flips.to(images.device)[:, None, None, None], images.flip(-1), images)

@@ -1,0 +1,619 @@
+#!/usr/bin/env python
+"""Train an unconditional image diffusion model with the Stable Target Field, and save it as a Diffusers pipeline.
+
+    # scikit-learn's handwritten digits, a small network, on whatever is there
+    accelerate launch examples/train_unconditional_stf.py --output_dir digits-stf
+
+    # CIFAR-10 with Karras et al.'s DDPM++ on 8 GPUs in bf16
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 examples/train_unconditional_stf.py \\
+        --dataset_name cifar10 --model_config examples/configs/cifar10_32.json --random_flip \\
+        --noise_process edm --reference_batch_size 4096 --train_batch_size 64 --learning_rate 2e-4 \\
+        --max_train_steps 200000 --checkpointing_steps 10000 --output_dir cifar10-stf
+
+    # the flags from a file, one or more per line
+    accelerate launch examples/train_unconditional_stf.py @my_flags.txt --resume_from_checkpoint latest
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin, gather_object
+from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from huggingface_hub import HfApi
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from checkpoints import complete_checkpoints, discard, find_checkpoint, load_checkpoint, read_step, save_checkpoint
+from image_data import (
+    ImageColumn,
+    ImageReader,
+    decode_all,
+    find_column,
+    flip_at_random,
+    load_train_split,
+    make_reader,
+    measure_standard_deviation,
+)
+from stf_diffusers import EDM, VE, VP, ReferenceBatchCollator, ReferenceBatchSampler, STFTrainingObjective
+from stf_diffusers.export import diffusers_pipeline, process_to_config, read_metadata, save_pipeline
+from stf_diffusers.model_card import model_card
+from training_log import TrainingLog
+
+logger = get_logger(__name__)
+
+# Which parameters each noise process has; the flags bear the same names.
+PROCESS_PARAMETERS = {
+    "edm": ("sigma_data", "p_mean", "p_std"),
+    "ve": ("sigma_min", "sigma_max"),
+    "vp": ("beta_d", "beta_min", "epsilon_t"),
+}
+
+
+def number(kind: type, low: float, *, above: bool = False, high: float = math.inf) -> Any:
+    """An argparse type: a finite `kind` of at least (with `above`: more than) `low`, and at most `high`."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not math.isfinite(value) or value < low or (above and value == low) or value > high:
+            bound = f"{'above' if above else 'at least'} {low:g}" + (
+                f" and at most {high:g}" if high < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(f"{text} must be {bound}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def sigma_data_value(text: str) -> float | str:
+    return text if text == "auto" else number(float, 0, above=True)(text)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@"
+    )
+    parser.convert_arg_line_to_args = lambda arg_line: shlex.split(arg_line, comments=True)  # type: ignore[method-assign]
+    count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, high=1)
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset_name",
+        help="A data set on the Hub, a local folder (images, parquet, or save_to_disk), or a parquet file. "
+        "Neither this nor --train_data_dir: scikit-learn's handwritten digits.",
+    )
+    data.add_argument("--dataset_config_name", help="The configuration of the data set, where it has several.")
+    data.add_argument("--train_data_dir", help="A folder of images. Not with --dataset_name.")
+    data.add_argument("--cache_dir", help="Where downloaded data sets and models are kept.")
+    data.add_argument("--image_column", help="The column of images; found by itself where there is one.")
+    data.add_argument("--label_column", help="The column of class labels; found by itself. For --class_conditional.")
+    data.add_argument("--resolution", type=count, help="Side of the square training images. Default: the images' own.")
+    data.add_argument("--image_mode", choices=["L", "RGB", "RGBA"], help="Default: L for grey images, else RGB.")
+    data.add_argument(
+        "--center_crop", action="store_true", help="Crop the centre of images that are not square, not at random."
+    )
+    data.add_argument(
+        "--random_flip", action="store_true", help="Mirror images at random, sources and references alike."
+    )
+    data.add_argument(
+        "--image_memory_gb",
+        type=number(float, 0),
+        default=4.0,
+        help="Decoded images are kept as uint8 by each process up to this size, else read anew each time.",
+    )
+    data.add_argument("--dataloader_num_workers", type=number(int, 0), default=0, help="Processes that read the data.")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--objective", choices=["stf", "dsm"], default="stf", help="dsm: without references.")
+    method.add_argument(
+        "--reference_batch_size",
+        type=count,
+        help="References n behind each target, per process, the batch itself included. Default: 4096, or all images.",
+    )
+    method.add_argument("--noise_process", choices=list(PROCESS_PARAMETERS), help="Default: edm.")
+    method.add_argument(
+        "--sigma_data",
+        type=sigma_data_value,
+        help="EDM: standard deviation of the data, or auto: measured. Default: 0.5.",
+    )
+    method.add_argument("--p_mean", type=float, help="EDM: mean of ln(sigma) in training. Default: -1.2.")
+    method.add_argument(
+        "--p_std", type=positive, help="EDM: standard deviation of ln(sigma) in training. Default: 1.2."
+    )
+    method.add_argument(
+        "--sigma_min", type=positive, help="VE: smallest noise level (0.02). EDM: when sampling (0.002)."
+    )
+    method.add_argument("--sigma_max", type=positive, help="VE: largest noise level (100). EDM: when sampling (80).")
+    method.add_argument("--beta_d", type=positive, help="VP: slope of beta(t). Default: 19.9.")
+    method.add_argument("--beta_min", type=number(float, 0), help="VP: beta(0). Default: 0.1.")
+    method.add_argument(
+        "--epsilon_t", type=number(float, 0, above=True, high=0.5), help="VP: smallest training time. Default: 1e-5."
+    )
+
+    network = parser.add_argument_group("network")
+    network.add_argument("--model_config", help="A UNet2DModel config file, such as those in examples/configs.")
+    network.add_argument("--pretrained_model_name_or_path", help="A saved pipeline whose `unet` is trained further.")
+    network.add_argument(
+        "--class_conditional", action="store_true", help="Condition on labels; references of the same class."
+    )
+    network.add_argument("--gradient_checkpointing", action="store_true", help="Trade time for memory in the network.")
+    network.add_argument("--compile", action="store_true", help="torch.compile the network.")
+    network.add_argument("--allow_tf32", action="store_true", help="TF32 in the network; targets stay exact.")
+    network.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="Of the network. Default: what `accelerate config` says.",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--output_dir", default="stf-model", help="The pipeline is saved here, checkpoints in checkpoint-N."
+    )
+    training.add_argument("--overwrite_output_dir", action="store_true", help="Replace the run that output_dir holds.")
+    training.add_argument("--seed", type=number(int, 0), default=0, help="Of weights, data order, noise and samples.")
+    training.add_argument("--train_batch_size", type=count, default=64, help="Images per process and micro-batch.")
+    training.add_argument("--num_epochs", type=count, default=100, help="Passes over the images as sources.")
+    training.add_argument("--max_train_steps", type=count, help="Optimizer steps; overrides --num_epochs.")
+    training.add_argument("--gradient_accumulation_steps", type=count, default=1, help="Micro-batches per step.")
+    training.add_argument("--learning_rate", type=positive, default=1e-4, help="After warm-up.")
+    training.add_argument(
+        "--scale_lr", action="store_true", help="Multiply the learning rate by processes, accumulation and batch size."
+    )
+    training.add_argument(
+        "--lr_scheduler",
+        choices=[kind.value for kind in SchedulerType if kind != "piecewise_constant"],
+        default="cosine",
+    )
+    training.add_argument("--lr_warmup_steps", type=number(int, 0), default=500, help="Optimizer steps.")
+    training.add_argument("--adam_beta1", type=share, default=0.95)
+    training.add_argument("--adam_beta2", type=share, default=0.999)
+    training.add_argument("--adam_weight_decay", type=number(float, 0), default=1e-6)
+    training.add_argument("--adam_epsilon", type=positive, default=1e-8)
+    training.add_argument("--max_grad_norm", type=positive, default=1.0, help="Gradients are clipped to this norm.")
+    training.add_argument(
+        "--use_ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Average the weights; the average is what is saved as `unet`.",
+    )
+    training.add_argument(
+        "--ema_inv_gamma", type=positive, default=1.0, help="Of the warm-up 1 - (1 + step / inv_gamma)^-power."
+    )
+    training.add_argument("--ema_power", type=positive, default=3 / 4)
+    training.add_argument("--ema_max_decay", type=share, default=0.9999)
+    training.add_argument("--checkpointing_steps", type=count, default=500, help="Save the training state this often.")
+    training.add_argument("--checkpoints_total_limit", type=count, help="Keep only the newest.")
+    training.add_argument("--resume_from_checkpoint", help='"latest", or a checkpoint folder.')
+
+    report = parser.add_argument_group("reports")
+    report.add_argument(
+        "--report_to", help='A tracker that Accelerate knows, "all" or "none". Default: tensorboard if installed.'
+    )
+    report.add_argument("--logging_dir", default="logs", help="Inside output_dir.")
+    report.add_argument("--logging_steps", type=count, default=10, help="Report every this many steps.")
+    report.add_argument(
+        "--sample_steps", type=count, help="Sample a grid every this many steps. Default: at the end only."
+    )
+    report.add_argument("--num_samples", type=count, default=16, help="Images per grid.")
+    report.add_argument("--num_inference_steps", type=number(int, 2), default=35, help="Sampling steps per image.")
+    report.add_argument("--push_to_hub", action="store_true", help="Upload the pipeline at the end.")
+    report.add_argument("--hub_model_id", help="Repository on the Hub. Default: the name of output_dir.")
+    report.add_argument("--hub_private_repo", action="store_true")
+    report.add_argument("--hub_token", help="Default: that of `hf auth login`.")
+
+    args = parser.parse_args(argv)
+    if args.dataset_name and args.train_data_dir:
+        parser.error("--dataset_name and --train_data_dir exclude each other.")
+    if args.model_config and args.pretrained_model_name_or_path:
+        parser.error("--model_config and --pretrained_model_name_or_path exclude each other.")
+    if args.objective == "dsm" and args.reference_batch_size is not None:
+        parser.error("--reference_batch_size has no effect with --objective dsm; leave it out.")
+    if args.reference_batch_size is not None and args.reference_batch_size < args.train_batch_size:
+        parser.error(
+            f"--reference_batch_size {args.reference_batch_size} includes the batch itself, so it must be at least "
+            f"--train_batch_size {args.train_batch_size}."
+        )
+    if args.overwrite_output_dir and args.resume_from_checkpoint:
+        parser.error("--overwrite_output_dir and --resume_from_checkpoint exclude each other.")
+    if args.report_to not in (None, "all", "none") and args.report_to not in available_trackers():
+        parser.error(
+            f"--report_to {args.report_to}: installed trackers are {', '.join(available_trackers()) or 'none'}."
+        )
+    if not args.push_to_hub and (args.hub_model_id or args.hub_private_repo or args.hub_token):
+        parser.error("--hub_model_id, --hub_private_repo and --hub_token need --push_to_hub.")
+    return args
+
+
+def available_trackers() -> list[str]:
+    return [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+
+
+def choose_process(args: argparse.Namespace, images: ImageColumn) -> tuple[EDM | VE | VP, dict[str, Any]]:
+    """The noise process, and the sampling range where the flags set one. A fine-tuned pipeline's own is the default.
+
+    Raises:
+        ValueError: a flag that the process does not have, or that contradicts the pipeline being fine-tuned.
+    """
+    saved = read_metadata(args.pretrained_model_name_or_path) if args.pretrained_model_name_or_path else None
+    saved_process = dict(saved["process"]) if saved else {}
+    name = args.noise_process or saved_process.pop("name", "edm")
+    saved_process.pop("name", None)
+    if saved and saved["process"]["name"] != name:
+        raise ValueError(
+            f"--noise_process {name}, but the pretrained pipeline was trained on {saved['process']['name']}."
+        )
+    if args.pretrained_model_name_or_path and saved is None:
+        logger.warning("The pretrained pipeline does not say how it was trained: its network must adapt to %s.", name)
+    every = {flag for flags in PROCESS_PARAMETERS.values() for flag in flags}
+    given: dict[str, Any] = {flag: getattr(args, flag) for flag in every if getattr(args, flag) is not None}
+    ranges: dict[str, Any] = {
+        flag: given.pop(flag) for flag in ("sigma_min", "sigma_max") if name == "edm" and flag in given
+    }
+    foreign = sorted(given.keys() - PROCESS_PARAMETERS[name])
+    if foreign:
+        raise ValueError(f"--{foreign[0]} is no parameter of --noise_process {name}; leave it out.")
+    if name == "edm":
+        measured = measure_standard_deviation(images)
+        if given.get("sigma_data") == "auto":
+            given["sigma_data"] = round(measured, 4)
+            logger.info("sigma_data: %.4f, measured.", measured)
+        else:
+            used: float = given.get("sigma_data", saved_process.get("sigma_data", EDM.sigma_data))
+            if abs(measured / used - 1) > 0.2:
+                logger.warning(
+                    "The standard deviation of the data is %.3f, more than 20 %% from sigma_data %.3f: "
+                    "--sigma_data auto uses the measured value.", measured, used,
+                )  # fmt: skip
+    return {"edm": EDM, "ve": VE, "vp": VP}[name](**{**saved_process, **given}), ranges
+
+
+def build_unet(args: argparse.Namespace, reader: ImageReader, num_classes: int | None) -> UNet2DModel:
+    """The network: pretrained, from a config file, or by the images' size from the presets beside this script.
+
+    Raises:
+        ValueError: it does not fit the images or the classes.
+    """
+    if args.pretrained_model_name_or_path:
+        unet = UNet2DModel.from_pretrained(
+            args.pretrained_model_name_or_path, subfolder="unet", cache_dir=args.cache_dir
+        )
+    else:
+        preset = "digits_16" if reader.resolution <= 16 else "cifar10_32" if reader.resolution <= 32 else "celeba_64"
+        path = Path(args.model_config or Path(__file__).parent / "configs" / f"{preset}.json")
+        config = json.loads(path.read_text())
+        shape = {"sample_size": reader.resolution, "in_channels": reader.channels, "out_channels": reader.channels}
+        unet = UNet2DModel.from_config({**config, **shape, "num_class_embeds": num_classes})
+    config = unet.config
+    if (config["in_channels"], config["out_channels"]) != (reader.channels, reader.channels):
+        raise ValueError(
+            f"the pretrained network has {config['in_channels']} channels and the images have {reader.channels}. "
+            "Choose with --image_mode."
+        )
+    if config["num_class_embeds"] != num_classes:
+        raise ValueError(
+            f"the pretrained network knows {config['num_class_embeds']} classes and this run has {num_classes}. "
+            "Pass or leave out --class_conditional accordingly."
+        )
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    if reader.resolution % factor:
+        raise ValueError(f"--resolution {reader.resolution} must be a multiple of {factor} for this network.")
+    if config["time_embedding_type"] != "positional":
+        raise ValueError(
+            f"time_embedding_type {config['time_embedding_type']!r} takes the logarithm of timesteps that are negative "
+            "or 0 here; use 'positional'."
+        )
+    return unet
+
+
+def load_images(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageColumn, int | None]:
+    """The training images, decoded in memory where they fit, and the number of classes of a conditional run.
+
+    Raises:
+        ValueError: there are no images, or no labels where they are needed.
+    """
+    with accelerator.main_process_first():
+        dataset = load_train_split(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+    if len(dataset) == 0:
+        raise ValueError("the data set is empty.")
+    column = find_column(dataset, datasets.Image, args.image_column, "--image_column")
+    if column is None:
+        raise ValueError(f"no column holds images among {dataset.column_names}; name one with --image_column.")
+    labels, num_classes = None, None
+    if args.class_conditional or args.label_column:
+        label_column = find_column(dataset, datasets.ClassLabel, args.label_column, "--label_column")
+        if label_column is None:
+            raise ValueError(f"--class_conditional: no class labels among {dataset.column_names}; see --label_column.")
+        if args.class_conditional:
+            labels = list(dataset[label_column])
+            if not all(isinstance(label, int) and label >= 0 for label in labels):
+                raise ValueError(f"labels in {label_column!r} must be integers from 0; remove rows without a label.")
+            num_classes = max(labels) + 1
+    reader = make_reader(dataset, column, args.image_mode, args.resolution, args.center_crop)
+    quiet = not accelerator.is_local_main_process
+    decoded = decode_all(dataset, column, reader, args.image_memory_gb * 2**30, quiet)
+    return ImageColumn(dataset, column, reader, labels, decoded, args.seed), num_classes
+
+
+def seed_for(*parts: int) -> int:
+    """A seed that is a function of its parts, so that every draw can be repeated from the step it belongs to."""
+    return random.Random("/".join(map(str, parts))).getrandbits(63)
+
+
+@torch.no_grad()
+def sample_grid(
+    accelerator: Accelerator, pipeline: DiffusionPipeline, args: argparse.Namespace, num_classes: int | None
+) -> Image.Image:
+    """A grid of `--num_samples` images, shared out over the processes; image k depends on the seed and k alone."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = list(range(rank, args.num_samples, world))
+    pipeline.set_progress_bar_config(disable=True)
+    images: list[tuple[int, Image.Image]] = []
+    for start in range(0, len(mine), args.train_batch_size):
+        which = mine[start : start + args.train_batch_size]
+        generators = [torch.Generator().manual_seed(seed_for(args.seed, index)) for index in which]
+        classes = {} if num_classes is None else {"class_labels": [index % num_classes for index in which]}
+        output = pipeline(
+            batch_size=len(which), generator=generators, num_inference_steps=args.num_inference_steps, **classes
+        )
+        images += zip(which, output.images, strict=True)
+    ordered = [image for _, image in sorted(gather_object(images), key=lambda pair: pair[0])]
+    columns = math.ceil(math.sqrt(len(ordered)))
+    rows = math.ceil(len(ordered) / columns)
+    ordered += [Image.new("RGB", ordered[0].size)] * (rows * columns - len(ordered))
+    grid = make_image_grid(ordered, rows, columns)
+    scale = max(1, 64 // ordered[0].width)
+    return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
+
+
+def batches_from(
+    position: int, loader: DataLoader, sampler: ReferenceBatchSampler
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro-batches of this process from the given one on, epoch after epoch without end."""
+    epoch, start = divmod(position, len(sampler))
+    while True:
+        sampler.set_epoch(epoch, start)
+        yield from loader
+        epoch, start = epoch + 1, 0
+
+
+def create_repository(args: argparse.Namespace) -> str:
+    """The repository that the run will be pushed to, made before the training so that it does not fail after it."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    created = HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo or None, exist_ok=True)
+    return created.repo_id
+
+
+def upload(args: argparse.Namespace, folder: Path, repository: str) -> None:
+    """Upload the pipeline and its card; never checkpoints or logs."""
+    HfApi(token=args.hub_token).upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        allow_patterns=["README.md", "model_index.json", "scheduler/*", "unet/*", "unet_raw/*"],
+        commit_message="Upload pipeline",
+    )
+    logger.info("Pushed to %s.", repository)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    output_dir = Path(args.output_dir)
+    report_to = args.report_to or ("tensorboard" if "tensorboard" in available_trackers() else "none")
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
+        ),
+        mixed_precision=args.mixed_precision,
+        log_with=None if report_to == "none" else report_to,
+        project_dir=str(output_dir / args.logging_dir),
+        # The schedule counts optimizer steps and is stepped once for each, whatever the number of processes.
+        step_scheduler_with_optimizer=False,
+    )
+    process_index, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+
+    # Everything that is known to be wrong is said before anything on disk changes.
+    resume = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    occupied = complete_checkpoints(output_dir) or (output_dir / "model_index.json").exists()
+    if occupied and not args.resume_from_checkpoint and not args.overwrite_output_dir:
+        raise ValueError(
+            f"{output_dir} holds a trained run. Continue it with --resume_from_checkpoint latest, replace it with "
+            "--overwrite_output_dir, or choose another --output_dir."
+        )
+    if args.resume_from_checkpoint == "latest" and resume is None:
+        logger.info("No checkpoint in %s yet: starting at step 0.", output_dir)
+
+    images, num_classes = load_images(args, accelerator)
+    n = args.train_batch_size if args.objective == "dsm" else args.reference_batch_size or min(4096, len(images))
+    sampler = ReferenceBatchSampler(len(images), args.train_batch_size, n, args.seed, num_processes, process_index)
+    loader = DataLoader(
+        images,
+        batch_sampler=sampler,
+        collate_fn=ReferenceBatchCollator(args.train_batch_size),
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
+        pin_memory=device.type == "cuda",
+    )
+    process, sampling_range = choose_process(args, images)
+    objective = STFTrainingObjective(process)
+
+    torch.manual_seed(seed_for(args.seed))
+    unet = build_unet(args, images.reader, num_classes)
+    diffusers_pipeline(unet, process, **sampling_range)  # an impossible range fails now, not after the training
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    images_per_step = args.gradient_accumulation_steps * args.train_batch_size * num_processes
+    optimizer = torch.optim.AdamW(
+        unet.parameters(),
+        lr=args.learning_rate * (images_per_step if args.scale_lr else 1),
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    max_steps = args.max_train_steps or math.ceil(args.num_epochs * len(sampler) / args.gradient_accumulation_steps)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
+    )
+    model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    if args.compile:
+        unet.compile()
+    ema = None
+    if args.use_ema:
+        ema = EMAModel(
+            unet.parameters(),
+            decay=args.ema_max_decay,
+            use_ema_warmup=True,
+            inv_gamma=args.ema_inv_gamma,
+            power=args.ema_power,
+            model_cls=UNet2DModel,
+            model_config=unet.config,
+        )
+    run = {
+        "process": process_to_config(process),
+        "objective": args.objective,
+        "reference_batch_size": n,
+        "train_batch_size": args.train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "num_processes": num_processes,
+        "num_images": len(images),
+        "seed": args.seed,
+        "use_ema": args.use_ema,
+    }
+    first_step = 0
+    if resume is not None:
+        first_step = read_step(resume, run)
+        load_checkpoint(accelerator, resume, ema)
+        logger.info("Resumed after step %d from %s.", first_step, resume)
+    repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if args.overwrite_output_dir:
+            for path in complete_checkpoints(output_dir):
+                discard(path)
+    accelerator.wait_for_everyone()
+    if report_to != "none":
+        accelerator.init_trackers("stf_diffusers", config={key: str(value) for key, value in vars(args).items()})
+    logger.info(
+        "%s with n = %d references on %s; %d images of %s, %s; %.1f M parameters; %d steps of %d images.",
+        args.objective.upper(), 1 if args.objective == "dsm" else n, process, len(images), images.shape,
+        "decoded in memory" if images.images is not None else "decoded as they are read",
+        unet.num_parameters() / 1e6, max_steps, images_per_step,
+    )  # fmt: skip
+
+    def averaged_pipeline(step: int) -> DiffusionPipeline:
+        """The pipeline of copied weights: sampling and saving leave the trained ones alone."""
+        network = UNet2DModel.from_config(unet.config).to(device).eval()
+        network.load_state_dict(unet.state_dict())
+        if ema is not None:
+            ema.copy_to(network.parameters())
+        metadata = {**run, "steps": step, "images_seen": step * images_per_step}
+        return diffusers_pipeline(network, process, metadata=metadata, **sampling_range)
+
+    def save_grid(pipeline: DiffusionPipeline, step: int) -> None:
+        grid = sample_grid(accelerator, pipeline, args, num_classes)
+        if accelerator.is_main_process:
+            path = output_dir / "samples" / f"step-{step:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            grid.save(path)
+            logger.info("Samples: %s", path)
+            for tracker in accelerator.trackers:
+                if tracker.name in ("tensorboard", "wandb"):
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
+
+    log = TrainingLog(accelerator)
+    stream = batches_from(first_step * args.gradient_accumulation_steps, loader, sampler)
+    noise_generator, flip_generator = torch.Generator(device), torch.Generator(device)
+    progress = tqdm(
+        initial=first_step, total=max_steps, desc="Training", unit="step", disable=not accelerator.is_local_main_process
+    )
+    model.train()
+    for step in range(first_step + 1, max_steps + 1):
+        for micro in range(args.gradient_accumulation_steps):
+            started = time.perf_counter()
+            batch = next(stream)
+            log.waited(time.perf_counter() - started)
+            noise_generator.manual_seed(seed_for(args.seed, process_index, step, micro, 0))
+            flip_generator.manual_seed(seed_for(args.seed, process_index, step, micro, 1))
+            torch.manual_seed(seed_for(args.seed, process_index, step, micro, 2))  # dropout
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            reference = batch["reference_images"]
+            if args.random_flip:
+                reference = flip_at_random(reference, flip_generator)
+            perturbed = objective.perturb(
+                reference[: args.train_batch_size],
+                reference=None if args.objective == "dsm" else reference,
+                labels=batch.get("labels"),
+                reference_labels=batch.get("reference_labels"),
+                generator=noise_generator,
+            )
+            with accelerator.accumulate(model):
+                output = model(perturbed.model_input, perturbed.timestep, class_labels=batch.get("labels")).sample
+                loss = objective.loss(output, perturbed)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            log.add(loss, perturbed)
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+            if ema is not None:
+                ema.step(unet.parameters())
+        progress.update()
+        checkpoint_due = step % args.checkpointing_steps == 0
+        if step in (first_step + 1, max_steps) or step % args.logging_steps == 0 or checkpoint_due:
+            report = log.flush() | {"learning_rate": learning_rate, "gradient_norm": float(gradient_norm)}
+            progress.set_postfix(loss=f"{report['loss']:.4f}", lr=f"{learning_rate:.2e}")
+            accelerator.log(report, step=step)
+            if not math.isfinite(report["loss"]):
+                raise FloatingPointError(f"the loss is {report['loss']} at step {step}; nothing was saved after it.")
+        if checkpoint_due:
+            save_checkpoint(accelerator, output_dir, step, ema, run, args.checkpoints_total_limit)
+        if args.sample_steps and step % args.sample_steps == 0 and step < max_steps:
+            save_grid(averaged_pipeline(step), step)
+    progress.close()
+
+    last_step = max(first_step, max_steps)
+    pipeline = averaged_pipeline(last_step)
+    if accelerator.is_main_process:
+        save_pipeline(pipeline, output_dir, raw_unet=None if ema is None else unet)
+        card = model_card(
+            pipeline,
+            repository=repository or output_dir.name,
+            dataset=args.dataset_name or args.train_data_dir or "scikit-learn's handwritten digits",
+            num_inference_steps=args.num_inference_steps,
+        )
+        card.save(output_dir / "README.md")
+        logger.info("Saved: %s", output_dir)
+        if repository is not None:
+            upload(args, output_dir, repository)
+    save_grid(pipeline, last_step)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

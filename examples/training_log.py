@@ -1,0 +1,66 @@
+"""What a training step reports, gathered on the device and read once per logging interval."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from stf_diffusers import PerturbedBatch
+
+# Decades of the noise-to-signal ratio sigma / alpha, for images in [-1, 1].
+_EDGES = (0.0, 0.1, 1.0, 10.0, float("inf"))
+NOISE_LEVELS = tuple(
+    f"sigma_above_{low:g}"
+    if high == float("inf")
+    else f"sigma_below_{high:g}"
+    if low == 0
+    else f"sigma_{low:g}_to_{high:g}"
+    for low, high in pairwise(_EDGES)
+)
+
+
+class TrainingLog:
+    """Means over the micro-batches of all processes since the last `flush`. `add` never waits for the device."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._edges = torch.tensor(_EDGES[1:-1], device=accelerator.device)
+        self._reset()
+
+    def _reset(self) -> None:
+        # loss sum, micro-batches, then per noise level: sum of effective sample sizes, rows
+        self._sums = torch.zeros(2 + 2 * len(NOISE_LEVELS), device=self.accelerator.device)
+        self._images, self._wait, self._start = 0, 0.0, time.perf_counter()
+
+    def waited(self, seconds: float) -> None:
+        """Time the step stood still for data."""
+        self._wait += seconds
+
+    def add(self, loss: Tensor, batch: PerturbedBatch) -> None:
+        level = torch.bucketize((batch.sigma / batch.alpha).to(self._edges.dtype), self._edges)
+        self._sums[0] += loss.detach()
+        self._sums[1] += 1
+        ones = torch.ones_like(batch.effective_sample_size, dtype=self._sums.dtype)
+        self._sums.index_add_(0, 2 + level, batch.effective_sample_size.to(self._sums.dtype))
+        self._sums.index_add_(0, 2 + len(NOISE_LEVELS) + level, ones)
+        self._images += len(batch.t)
+
+    def flush(self) -> dict[str, float]:
+        """Loss, images per second, share of time spent waiting for data, mean effective sample size by noise level."""
+        loss, count, *by_level = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+        elapsed = time.perf_counter() - self._start
+        report = {
+            "loss": loss / count,
+            "images_per_second": self._images * self.accelerator.num_processes / elapsed,
+            "data_wait_share": self._wait / elapsed,
+        }
+        levels = len(NOISE_LEVELS)
+        for name, total, rows in zip(NOISE_LEVELS, by_level[:levels], by_level[levels:], strict=True):
+            if rows:
+                report[f"effective_sample_size/{name}"] = total / rows
+        self._reset()
+        return report

@@ -1,0 +1,371 @@
+"""Forward processes ``x_t = alpha(t) x0 + sigma(t) noise``, one row of the design's table each.
+
+A process says what is noised and how (`alpha`, `sigma`, `sample_t`), and what its network sees and returns
+(`input_scale`, `timestep`, `output_coefficients`). Training, saving and sampling read this one description.
+In Diffusers a "scheduler" is the sampler; here t grows with the noise.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .prediction import edm_preconditioning, prediction_coefficients, raw_output_coefficients
+
+
+def expand_as_rows(vector: Tensor, like: Tensor) -> Tensor:
+    """A (B,) vector as (B, 1, ..., 1), to multiply the rows of `like` (B, ...)."""
+    return vector.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _rand(batch_size: int, generator: torch.Generator | None, device: Any, normal: bool = False) -> Tensor:
+    # A generator draws on its own device, so that one seed gives the same times whatever the training device.
+    draw = torch.randn if normal else torch.rand
+    source = generator.device if generator is not None else device
+    return draw(batch_size, generator=generator, device=source, dtype=torch.float32).to(device or source)
+
+
+class NoiseProcess(ABC):
+    """What the rest of the package knows of a forward process. All methods take t as (B,) and return (B,)."""
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Coefficient of x0 at time t."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Coefficient of the noise at time t."""
+
+    @abstractmethod
+    def sample_t(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """(batch_size,) times drawn from the process's training distribution, float32 unless said otherwise."""
+
+    @abstractmethod
+    def input_scale(self, t: Tensor) -> Tensor:
+        """What x_t is multiplied by before the network sees it."""
+
+    @abstractmethod
+    def timestep(self, t: Tensor) -> Tensor:
+        """What is passed to the network as its timestep."""
+
+    @abstractmethod
+    def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b), each (B,): the network's own output is ``a x0 + b noise``."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``alpha(t) x0 + sigma(t) noise`` for x0, noise (B, ...) and t (B,)."""
+        return expand_as_rows(self.alpha(t), x0) * x0 + expand_as_rows(self.sigma(t), x0) * noise
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class EDM(NoiseProcess):
+    """Karras et al. 2022 (arXiv 2206.00364): t is the noise level, ln t is normal, the network is preconditioned.
+
+    Args:
+        sigma_data: standard deviation of the data in [-1, 1].
+        p_mean, p_std: mean and standard deviation of ln t in training.
+    """
+
+    sigma_data: float = 0.5
+    p_mean: float = -1.2
+    p_std: float = 1.2
+
+    def __post_init__(self) -> None:
+        _require(
+            self.sigma_data > 0, f"sigma_data must be positive; got {self.sigma_data}. Images in [-1, 1] have 0.5."
+        )
+        _require(self.p_std > 0, f"p_std must be positive; got {self.p_std}. Karras et al. use 1.2.")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def sample_t(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        return (self.p_mean + self.p_std * _rand(batch_size, generator, device, normal=True)).exp()
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return edm_preconditioning(t, self.sigma_data).c_in
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return edm_preconditioning(t, self.sigma_data).c_noise
+
+    def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return raw_output_coefficients(edm_preconditioning(t, self.sigma_data), t)
+
+
+@dataclass(frozen=True)
+class VE(NoiseProcess):
+    """Song et al. 2021 (arXiv 2011.13456), variance exploding: t is the noise level, log-uniform; predicts the noise.
+
+    The network sees x_t / sqrt(1 + t^2) and the position of ln t between the extremes, from 0 to 999.
+
+    Args:
+        sigma_min, sigma_max: extremes of the noise level, for images in [-1, 1].
+    """
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.sigma_min < self.sigma_max,
+            f"VE needs 0 < sigma_min < sigma_max; got {self.sigma_min} and {self.sigma_max}.",
+        )
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def sample_t(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        span = math.log(self.sigma_max / self.sigma_min)
+        return self.sigma_min * (span * _rand(batch_size, generator, device)).exp()
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return (1 + t**2).rsqrt()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return 999 * (t / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
+
+    def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return prediction_coefficients("epsilon", self.alpha(t), self.sigma(t))
+
+
+@dataclass(frozen=True)
+class VP(NoiseProcess):
+    """Song et al. 2021 (arXiv 2011.13456), variance preserving, continuous time in (0, 1]; predicts the noise.
+
+    ``alpha(t) = exp(-(beta_d t^2 / 2 + beta_min t) / 2)``, ``sigma^2 = 1 - alpha^2``. The network's timestep is
+    1000 t - 1, which at t = (i + 1) / 1000 is the integer i of a thousand-step Diffusers scheduler.
+
+    Args:
+        beta_d, beta_min: beta(t) = beta_min + beta_d t.
+        epsilon_t: smallest time drawn in training.
+    """
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    epsilon_t: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _require(self.beta_d > 0, f"beta_d must be positive; got {self.beta_d}. Song et al. use 19.9.")
+        _require(self.beta_min >= 0, f"beta_min must not be negative; got {self.beta_min}. Song et al. use 0.1.")
+        _require(0 < self.epsilon_t < 1, f"epsilon_t must lie in (0, 1); got {self.epsilon_t}.")
+
+    def _integral(self, t: Tensor) -> Tensor:
+        return self.beta_d * t**2 / 2 + self.beta_min * t
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (-self._integral(t) / 2).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        # 1 - alpha^2 would cancel at small t: at t = 1e-5 float32 keeps one digit of it.
+        return (-torch.expm1(-self._integral(t))).sqrt()
+
+    def sample_t(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        return self.epsilon_t + (1 - self.epsilon_t) * _rand(batch_size, generator, device)
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return 1000 * t - 1
+
+    def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return prediction_coefficients("epsilon", self.alpha(t), self.sigma(t))
+
+
+@dataclass(frozen=True)
+class FlowMatching(NoiseProcess):
+    """Lipman et al. 2023 (arXiv 2210.02747) with time reversed, as in Diffusers: x_t = (1 - t) x0 + t noise.
+
+    The network predicts noise - x0.
+
+    Args:
+        time_distribution: "uniform", or "logit_normal" (Esser et al. 2024, arXiv 2403.03206, section 3.1).
+        logit_mean, logit_std: mean and standard deviation of logit(t), used by "logit_normal" alone.
+    """
+
+    time_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.time_distribution in ("uniform", "logit_normal"),
+            f"time_distribution must be 'uniform' or 'logit_normal'; got {self.time_distribution!r}.",
+        )
+        _require(self.logit_std > 0, f"logit_std must be positive; got {self.logit_std}.")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def sample_t(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        if self.time_distribution == "uniform":
+            # rand() is 0 once in 2^24 draws, where there is no noise to predict.
+            return _rand(batch_size, generator, device).clamp_(min=2**-25)
+        return (self.logit_mean + self.logit_std * _rand(batch_size, generator, device, normal=True)).sigmoid()
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return 1000 * t
+
+    def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return prediction_coefficients("flow_prediction", self.alpha(t), self.sigma(t))
+
+
+class SchedulerProcess(NoiseProcess):
+    """The forward process of a Diffusers scheduler, at its training timesteps, in the scheduler's own arithmetic.
+
+    Three families are told apart by how the scheduler adds noise: by `alphas_cumprod` (DDPM, DDIM, DPM-Solver, ...),
+    by `sigmas` alone (Euler, LMS, Heun, EDM), or by interpolation (flow matching). What the network sees and returns
+    is what Diffusers' training scripts use with it.
+
+    Args:
+        scheduler: an instance of a Diffusers scheduler. It is read, not changed; timesteps set for sampling on it do
+            not matter.
+
+    Raises:
+        TypeError: the scheduler belongs to none of the families.
+        ValueError: its `prediction_type` is unknown, or its tables do not describe growing noise.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        config = getattr(scheduler, "config", None)
+        if config is None or not hasattr(scheduler, "timesteps"):
+            raise TypeError(f"SchedulerProcess needs a Diffusers scheduler; got {type(scheduler).__name__}.")
+        # A fresh copy: set_timesteps() replaces the training tables by those of a sampling run.
+        fresh = type(scheduler).from_config(config)
+        self.scheduler_name = type(scheduler).__name__
+        self.prediction_type = config.get("prediction_type", "epsilon")
+        self.sigma_data: float = config.get("sigma_data", 0.5)
+        if hasattr(fresh, "alphas_cumprod") and fresh.init_noise_sigma == 1:
+            self._family = "vp"
+            cumulative = torch.as_tensor(scheduler.alphas_cumprod).to("cpu", torch.float32)
+            # The scheduler's own expressions, so that alpha and sigma agree with its add_noise to the last bit.
+            alphas, sigmas = cumulative**0.5, (1 - cumulative) ** 0.5
+            timesteps = torch.arange(len(cumulative))
+        elif getattr(fresh, "timesteps", None) is not None and getattr(fresh, "sigmas", None) is not None:
+            timesteps = torch.as_tensor(fresh.timesteps)
+            sigmas = torch.as_tensor(fresh.sigmas)[: len(timesteps)].to(torch.float32)
+            alphas = torch.ones_like(sigmas)
+            if hasattr(fresh, "scale_noise"):
+                self._family, self.prediction_type, alphas = "flow", "flow_prediction", 1.0 - sigmas
+            elif hasattr(fresh, "precondition_outputs"):
+                self._family = "edm"
+            elif hasattr(fresh, "alphas_cumprod"):
+                self._family = "sigma"
+            else:
+                self._family = ""
+        else:
+            self._family = ""
+        if not self._family:
+            raise TypeError(
+                f"{self.scheduler_name} has no forward process that SchedulerProcess knows. Use the scheduler that the "
+                "training script calls add_noise on, for instance DDPMScheduler.from_config(scheduler.config)."
+            )
+        if self._family in ("vp", "sigma"):
+            prediction_coefficients(self.prediction_type, alphas, sigmas)  # an unknown type is an error here
+        elif self._family == "edm" and self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"{self.scheduler_name} preconditions 'epsilon' or 'v_prediction'; got {self.prediction_type!r}."
+            )
+        order = timesteps.argsort(stable=True)
+        timesteps, alphas, sigmas = timesteps[order], alphas[order], sigmas[order]
+        keep = torch.ones_like(timesteps, dtype=torch.bool)
+        keep[1:] = timesteps[1:] != timesteps[:-1]
+        self._timesteps, self._alphas, self._sigmas = timesteps[keep], alphas[keep], sigmas[keep]
+        ratio = self._sigmas.double() / self._alphas.double()
+        if not bool((ratio[1:] > ratio[:-1]).all()):
+            raise ValueError(
+                f"the noise of this {self.scheduler_name} does not grow with its timesteps, so it cannot be trained on. "
+                "Use the training counterpart (DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler)."
+            )
+
+    def __repr__(self) -> str:
+        return f"SchedulerProcess({self.scheduler_name}, prediction_type={self.prediction_type!r})"
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The training timesteps, ascending: integers for most schedulers, floating point for EDM and flow ones."""
+        return self._timesteps
+
+    def _lookup(self, table: Tensor, t: Tensor) -> Tensor:
+        """Entries of `table` at timesteps t; on the CPU a timestep that is not in the schedule raises ValueError."""
+        values, wanted = self._timesteps.to(t.device, torch.float64), t.to(torch.float64)
+        right = torch.searchsorted(values, wanted).clamp_(max=len(values) - 1)
+        left = (right - 1).clamp_(min=0)
+        index = torch.where((wanted - values[left]).abs() < (values[right] - wanted).abs(), left, right)
+        # Elsewhere than on the CPU the check would wait for the device.
+        if t.device.type == "cpu":
+            inside = (values[index] - wanted).abs() <= 1e-5 * wanted.abs() + 1e-6
+            if not bool(inside.all()):
+                raise ValueError(
+                    f"timesteps {t[~inside].tolist()[:4]} are not among the {len(values)} training timesteps of "
+                    f"{self.scheduler_name} ({values[0].item():g} to {values[-1].item():g}). Draw them with "
+                    "SchedulerProcess.sample_t, or from `scheduler.timesteps` before set_timesteps(), in float32."
+                )
+        return table.to(t.device)[index]
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._lookup(self._alphas, t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._lookup(self._sigmas, t)
+
+    def sample_t(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Training timesteps drawn uniformly, in the scheduler's dtype."""
+        source = generator.device if generator is not None else device
+        index = torch.randint(len(self._timesteps), (batch_size,), generator=generator, device=source)
+        return self._timesteps.to(index.device)[index].to(device or source)
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        sigma = self.sigma(t)
+        if self._family == "edm":
+            return edm_preconditioning(sigma, self.sigma_data).c_in
+        return (1 + sigma**2).rsqrt() if self._family == "sigma" else torch.ones_like(sigma)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t
+
+    def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.alpha(t).to(torch.float64), self.sigma(t).to(torch.float64)
+        if self._family == "edm":
+            a, b = raw_output_coefficients(edm_preconditioning(sigma, self.sigma_data), sigma)
+            # Diffusers' EDM schedulers flip the sign of c_out for v_prediction.
+            return (-a, -b) if self.prediction_type == "v_prediction" else (a, b)
+        if self._family == "sigma" and self.prediction_type == "v_prediction":
+            # The velocity belongs to the unit-variance sample that the network sees, x_t / sqrt(1 + sigma^2).
+            scale = (1 + sigma**2).rsqrt()
+            alpha, sigma = scale * alpha, scale * sigma
+        return prediction_coefficients(self.prediction_type, alpha, sigma)

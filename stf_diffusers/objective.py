@@ -1,0 +1,293 @@
+"""The training objective: a noised batch, its targets, its loss.
+
+STF replaces x0 by the posterior mean in the target and leaves everything else alone. Every prediction type is
+``a x0 + b noise``; the target is the type's own DSM value plus ``(a - b alpha / sigma) (posterior mean - x0)``, which
+leaves the DSM target untouched, bit for bit, where the posterior mean is x0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .noise import NoiseProcess, SchedulerProcess, expand_as_rows
+from .posterior import PosteriorMean, full_precision, pixels_to_float, posterior_mean
+from .prediction import prediction_coefficients
+
+
+@dataclass(frozen=True)
+class PerturbedBatch:
+    """What `STFTrainingObjective.perturb` returns. B rows throughout.
+
+    `model_input` (B, ...) and `timestep` (B,) go into the network, `target` (B, ...) is what its output is compared
+    with. `effective_sample_size` (B,) counts the references behind each target: 1 means the DSM target. The rest is
+    for logging and for losses of your own: `noisy` (B, ...) is x_t, `posterior_mean` (B, ...) the estimate of
+    E[x0 | x_t], `noise` (B, ...), and `t`, `alpha`, `sigma` (B,).
+    """
+
+    model_input: Tensor
+    timestep: Tensor
+    target: Tensor
+    effective_sample_size: Tensor
+    posterior_mean: Tensor
+    noisy: Tensor
+    noise: Tensor
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+
+class STFTrainingObjective:
+    """Stable Target Field training on any forward process and prediction type (Xu et al. 2023, arXiv 2302.00670).
+
+    Without references it is denoising score matching: the set of one.
+
+    Args:
+        process: the forward process.
+        prediction_type: a row of the table in `prediction.py` ("epsilon", "sample", "v_prediction",
+            "flow_prediction", "score"). None: what the process's network returns (for `EDM`, the raw output F).
+
+    Raises:
+        TypeError: `process` is not a NoiseProcess.
+        ValueError: unknown prediction type.
+    """
+
+    def __init__(self, process: NoiseProcess, prediction_type: str | None = None) -> None:
+        if not isinstance(process, NoiseProcess):
+            raise TypeError(
+                f"process must be a NoiseProcess such as EDM(), VE() or VP(); got {type(process).__name__}. For a "
+                "Diffusers scheduler use STFTrainingObjective.from_scheduler(scheduler)."
+            )
+        if prediction_type is not None:
+            prediction_coefficients(prediction_type, torch.ones(1), torch.ones(1))
+        self.process = process
+        self.prediction_type = prediction_type
+        self._checked: tuple[Any, ...] | None = None
+
+    @classmethod
+    def from_scheduler(cls, noise_scheduler: Any) -> STFTrainingObjective:
+        """The objective of a Diffusers script that calls `noise_scheduler.add_noise`; prediction type from its config."""
+        return cls(SchedulerProcess(noise_scheduler))
+
+    @torch.no_grad()
+    def perturb(
+        self,
+        clean: Tensor,
+        *,
+        reference: Tensor | None = None,
+        labels: Tensor | None = None,
+        reference_labels: Tensor | None = None,
+        source_index: Tensor | None = None,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> PerturbedBatch:
+        """Draw times and noise, noise the batch, and compute its targets.
+
+        Args:
+            clean: (B, ...) images, floating point in [-1, 1] or uint8 pixels (read as x / 127.5 - 1). Any shape.
+            reference: (n, ...) references whose first B rows are `clean`. None: the DSM target.
+            labels: (B,) integer classes: row i uses references of its class; -1 is a dropped condition and uses all,
+                which must then be drawn from the whole data law. Needs `reference_labels`.
+            reference_labels: (n,) integer classes of the references.
+            source_index: (B,) integers, positions of the sources in `reference` where these are not its first B rows.
+            t: (B,) times. None: drawn from the process's training distribution.
+            noise: (B, ...) standard normal. None: drawn. Neither draw depends on the references.
+            generator: for the draws.
+
+        Returns:
+            `PerturbedBatch`; `model_input` in the dtype of `clean` (float32 for uint8), `target` in float32 (float64
+            for float64 images).
+
+        Raises:
+            ValueError: references without their sources, shapes or labels that do not fit.
+            TypeError: dtypes that are not images' or labels'.
+        """
+        x0 = self._as_compute(clean)
+        if t is None:
+            t = self.process.sample_t(len(x0), generator=generator, device=x0.device)
+        if noise is None:
+            device = generator.device if generator is not None else x0.device
+            noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype)
+        mask = self._check_references(x0, reference, labels, reference_labels, source_index)
+        batch = self._noised_batch(x0, noise, t, reference, mask)
+        return replace(batch, model_input=batch.model_input.to(clean.dtype)) if clean.is_floating_point() else batch
+
+    @torch.no_grad()
+    def target(
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        *,
+        reference: Tensor | None = None,
+        labels: Tensor | None = None,
+        reference_labels: Tensor | None = None,
+        source_index: Tensor | None = None,
+    ) -> Tensor:
+        """The target for images that a script has noised itself: replaces its `noise`, velocity or clean images.
+
+        Args:
+            clean: (B, ...) images or latents as passed to `add_noise`.
+            noise: (B, ...) the noise passed to it.
+            timesteps: (B,) the timesteps passed to it: integers, or floating point for EDM and flow schedulers; for
+                a continuous process, its times.
+            reference, labels, reference_labels, source_index: as for `perturb`.
+
+        Returns:
+            (B, ...) in float32 (float64 for float64 images); without references, the DSM target bit for bit.
+        """
+        x0 = self._as_compute(clean)
+        mask = self._check_references(x0, reference, labels, reference_labels, source_index)
+        return self._noised_batch(x0, noise, timesteps, reference, mask).target
+
+    def loss(self, output: Tensor, batch: PerturbedBatch) -> Tensor:
+        """Mean squared error between the network's output (B, ...) and `batch.target`, a float32 scalar.
+
+        For the preconditioned rows this unweighted error is the weighted loss of Karras et al. 2022 (Table 1).
+
+        Raises:
+            ValueError: the shapes differ (mean squared error would broadcast them).
+        """
+        if output.shape != batch.target.shape:
+            raise ValueError(
+                f"the network returned {tuple(output.shape)} for a target of {tuple(batch.target.shape)}. Pass its "
+                "`.sample`, and check the network's out_channels."
+            )
+        with full_precision(output.device.type):
+            return F.mse_loss(output.to(batch.target.dtype), batch.target)
+
+    @staticmethod
+    def _as_compute(clean: Tensor) -> Tensor:
+        if clean.ndim < 2:
+            raise ValueError(f"clean must be a batch, (B, ...) with at least 2 dimensions; got {tuple(clean.shape)}.")
+        return pixels_to_float(clean)
+
+    def _noised_batch(
+        self, x0: Tensor, noise: Tensor, t: Tensor, reference: Tensor | None, mask: Tensor | None
+    ) -> PerturbedBatch:
+        if noise.shape != x0.shape:
+            raise ValueError(f"noise must have the images' shape {tuple(x0.shape)}; got {tuple(noise.shape)}.")
+        if t.shape != x0.shape[:1]:
+            raise ValueError(f"times must be one per image, shape ({len(x0)},); got {tuple(t.shape)}.")
+        noise, t = noise.to(x0.device, x0.dtype), t.to(x0.device)
+        with full_precision(x0.device.type):
+            # Coefficients in float64: at low noise 1 - c_skip and a - b alpha / sigma cancel.
+            exact_t = t.to(torch.float64)
+            exact_alpha, exact_sigma = self.process.alpha(exact_t), self.process.sigma(exact_t)
+            if x0.device.type == "cpu" and not bool((exact_sigma > 0).all()):
+                raise ValueError(f"there is no noise to predict at times {t[~(exact_sigma > 0)].tolist()[:4]}.")
+            a, b = (
+                self.process.output_coefficients(exact_t)
+                if self.prediction_type is None
+                else prediction_coefficients(self.prediction_type, exact_alpha, exact_sigma)
+            )
+            gain = a - b * exact_alpha / exact_sigma
+            scale = self.process.input_scale(exact_t)
+            alpha, sigma = exact_alpha.to(x0.dtype), exact_sigma.to(x0.dtype)
+
+            def rows(vector: Tensor) -> Tensor:
+                return expand_as_rows(vector.to(x0.dtype), x0)
+
+            noisy = rows(alpha) * x0 + rows(sigma) * noise
+            target = rows(a) * x0 + rows(b) * noise
+            if reference is None:
+                posterior = PosteriorMean(x0, torch.ones_like(alpha))
+            else:
+                posterior = posterior_mean(noisy, reference, alpha=alpha, sigma=sigma, mask=mask)
+                target = target + rows(gain) * (posterior.mean - x0)
+            return PerturbedBatch(
+                model_input=rows(scale) * noisy,
+                timestep=self.process.timestep(t),
+                target=target,
+                effective_sample_size=posterior.effective_sample_size,
+                posterior_mean=posterior.mean,
+                noisy=noisy,
+                noise=noise,
+                t=t,
+                alpha=alpha,
+                sigma=sigma,
+            )
+
+    def _check_references(
+        self,
+        x0: Tensor,
+        reference: Tensor | None,
+        labels: Tensor | None,
+        reference_labels: Tensor | None,
+        source_index: Tensor | None,
+    ) -> Tensor | None:
+        """Check that the sources are among the references; return which references each row may use, (B, n) or None.
+
+        Without its source a target is biased, and no loss curve shows it. Shapes are checked always. Values are
+        compared at each call on the CPU; elsewhere at the first call and when shapes change, since comparing waits for
+        the device.
+        """
+        if reference is None:
+            return None
+        if not isinstance(reference, Tensor):
+            raise TypeError(f"reference must be a tensor (n, ...) or None; got {type(reference).__name__}.")
+        if reference.shape[1:] != x0.shape[1:]:
+            raise ValueError(
+                f"references {tuple(reference.shape[1:])} and images {tuple(x0.shape[1:])} must have one shape. Resize "
+                "and crop them alike: references under another law than the sources bias the target."
+            )
+        batch_size, n = x0.shape[0], reference.shape[0]
+        if n < batch_size:
+            raise ValueError(
+                f"got {n} references for {batch_size} images: the references must contain the images themselves. "
+                "Pass torch.cat([clean, others]), as ReferenceBatchCollator does."
+            )
+        if (labels is None) != (reference_labels is None):
+            given, missing = (
+                ("labels", "reference_labels") if reference_labels is None else ("reference_labels", "labels")
+            )
+            raise ValueError(f"{given} need {missing}: rows use references of their own class only.")
+        for name, values, length in (
+            ("labels", labels, batch_size),
+            ("reference_labels", reference_labels, n),
+            ("source_index", source_index, batch_size),
+        ):
+            if values is not None and values.shape != (length,):
+                raise ValueError(f"{name} must have shape ({length},); got {tuple(values.shape)}.")
+            if values is not None and (values.is_floating_point() or values.dtype == torch.bool):
+                raise TypeError(f"{name} must be integers; got {values.dtype}.")
+        own = torch.arange(batch_size, device=x0.device) if source_index is None else source_index.to(x0.device)
+        signature = (x0.shape, x0.device, reference.shape, reference.dtype, labels is None, source_index is None)
+        if x0.device.type == "cpu" or signature != self._checked:
+            self._compare_sources(x0, reference, labels, reference_labels, own)
+            self._checked = signature
+        if labels is None or reference_labels is None:
+            return None
+        labels, reference_labels = labels.to(x0.device), reference_labels.to(x0.device)
+        is_own = own[:, None] == torch.arange(n, device=x0.device)[None]
+        return (labels[:, None] == reference_labels[None]) | (labels == -1)[:, None] | is_own
+
+    @staticmethod
+    def _compare_sources(
+        x0: Tensor, reference: Tensor, labels: Tensor | None, reference_labels: Tensor | None, own: Tensor
+    ) -> None:
+        n = reference.shape[0]
+        if not bool(((own >= 0) & (own < n)).all()):
+            raise ValueError(f"source_index must lie in [0, {n}); got {own.tolist()}.")
+        own = own.to(reference.device)
+        sources = pixels_to_float(reference[own].to(x0.device)).to(x0.dtype)
+        # One float32 rounding apart is the same pixel: u / 127.5 - 1 and (u / 255 - 0.5) / 0.5 differ by that much.
+        if not torch.allclose(sources, x0, rtol=1e-6, atol=1e-6, equal_nan=True):
+            raise ValueError(
+                "the references do not contain the images they belong to: reference[:B] (or reference[source_index]) "
+                f"must equal clean; the largest difference is {(sources - x0).abs().max().item():.3g}. Without its "
+                "source a target is biased. Pass reference=torch.cat([clean, others]), or clean=reference[:B], after "
+                "any augmentation and in the same dtype."
+            )
+        if labels is not None and reference_labels is not None:
+            of_sources = reference_labels.to(reference.device)[own].to(labels.device)
+            if not bool(((labels == of_sources) | (labels == -1)).all()):
+                raise ValueError(
+                    "labels differ from reference_labels of the sources. Pass reference_labels with the true classes, "
+                    "and labels with the same classes or -1 where the condition is dropped."
+                )

@@ -1,0 +1,182 @@
+"""Reference batches: which examples are read together, and how they are laid out.
+
+The invariant throughout: the first B rows of the references are the sources, in order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+
+class ReferenceBatchSampler(Sampler[list[int]]):
+    """Lists of n indices: the next B sources of a shuffled epoch, then n - B others drawn afresh from the rest.
+
+    An epoch is one pass over the *sources*; sources that do not fill a last batch on every process are left out of
+    this epoch (another epoch's shuffle leaves out others). The others are drawn uniformly without replacement from the
+    images that are not sources of the batch, so no image is in a list twice and the list is exchangeable: the
+    condition under which the target is unbiased. Every draw is a function of (seed, epoch, batch), so an epoch can be
+    entered anywhere.
+
+    Use it as a DataLoader's `batch_sampler`. Accelerate may shard it (`accelerator.prepare`); with `num_processes` and
+    `process_index` it shards itself, without drawing the lists of other processes.
+
+    Args:
+        num_examples: N, the size of the data set.
+        batch_size: B, sources per list.
+        reference_batch_size: n, total length of each list, sources included.
+        seed: of the shuffle and the draws; the same on every process.
+        num_processes, process_index: yield every `num_processes`-th batch, starting with `process_index`.
+
+    Raises:
+        ValueError: unless 1 <= B <= n <= N and at least one batch per process can be filled.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        reference_batch_size: int,
+        seed: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+    ) -> None:
+        if not 1 <= batch_size <= reference_batch_size:
+            raise ValueError(
+                f"the reference batch holds the sources, so 1 <= batch_size <= reference_batch_size; got {batch_size} "
+                f"and {reference_batch_size}. Raise reference_batch_size (n = batch_size leaves only the sources)."
+            )
+        if reference_batch_size > num_examples:
+            raise ValueError(
+                f"reference_batch_size {reference_batch_size} exceeds the {num_examples} images there are. "
+                f"Use at most {num_examples}: drawing an image twice would bias the target."
+            )
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"process_index must lie in [0, {num_processes}); got {process_index}.")
+        if batch_size * num_processes > num_examples:
+            raise ValueError(
+                f"{num_processes} processes times batch_size {batch_size} exceeds the {num_examples} images there are. "
+                "Lower batch_size."
+            )
+        self.num_examples = num_examples
+        self.num_sources = batch_size
+        # Length of the lists: what torch and Accelerate understand by a batch sampler's batch_size.
+        self.batch_size = reference_batch_size
+        self.drop_last = True
+        self.seed = seed
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.epoch = 0
+        self.start = 0
+
+    @property
+    def sampler(self) -> ReferenceBatchSampler:
+        """Itself: where Accelerate looks for `set_epoch` when it shards a batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration runs through, and the batch (of this process) to begin with."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        """Batches per epoch and process."""
+        return self.num_examples // (self.num_sources * self.num_processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, start = self.epoch, self.start
+        # The next iteration is the next epoch, also for a loop that never calls set_epoch.
+        self.set_epoch(epoch + 1)
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{epoch}").getrandbits(63))
+        order = torch.randperm(self.num_examples, generator=generator).tolist()
+        for batch in range(start, len(self)):
+            index = batch * self.num_processes + self.process_index
+            sources = order[index * self.num_sources : (index + 1) * self.num_sources]
+            yield sources + self._others(sources, random.Random(f"{self.seed}/{epoch}/{index}"))
+
+    def _others(self, sources: list[int], draw: random.Random) -> list[int]:
+        """n - B distinct indices outside `sources`, in random order."""
+        ranks = draw.sample(range(self.num_examples - self.num_sources), self.batch_size - self.num_sources)
+        # The r-th index outside the sources lies as many places further as there are sources before it.
+        gaps = torch.tensor(sorted(sources)) - torch.arange(self.num_sources)
+        rank = torch.tensor(ranks, dtype=torch.int64)
+        return (rank + torch.searchsorted(gaps, rank, right=True)).tolist()
+
+
+class ReferenceBatchCollator:
+    """Collate n examples into sources and references: a DataLoader's `collate_fn`.
+
+    Args:
+        batch_size: B; the first B examples are the sources.
+        image_key: column of the images, tensors or arrays (C, H, W), or of any other shape.
+        label_key: column of integer class labels; used where the examples have it.
+
+    Calling it with a list of n examples (mappings), or with one mapping of columns, returns
+
+        {"images": (B, ...), "reference_images": (n, ...), "labels": (B,), "reference_labels": (n,)}
+
+    with labels int64 and only where the examples have them, images in their own dtype, and `reference_images[:B]`
+    equal to `images` (which is a view of it). Other columns are left out.
+
+    Raises:
+        ValueError: fewer than B examples, a missing column, or images of different shapes.
+        TypeError: images that are not tensors or arrays (PIL images, for instance).
+    """
+
+    def __init__(self, batch_size: int, image_key: str = "images", label_key: str = "label") -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        self.batch_size = batch_size
+        self.image_key = image_key
+        self.label_key = label_key
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> dict[str, Tensor]:
+        columns: Mapping[str, Any] = (
+            examples
+            if isinstance(examples, Mapping)
+            else {key: [example[key] for example in examples] for key in (examples[0] if examples else ())}
+        )
+        if self.image_key not in columns:
+            raise ValueError(
+                f"the examples have no column {self.image_key!r}; they have {sorted(columns)}. Pass image_key=, or, for "
+                "a `datasets` data set in Trainer-like code, remove_unused_columns=False."
+            )
+        references = _stack(columns[self.image_key], self.image_key)
+        if len(references) < self.batch_size:
+            raise ValueError(
+                f"a reference batch needs at least batch_size = {self.batch_size} examples; got {len(references)}. "
+                "Read n examples at a time (batch_size=n in the DataLoader) with drop_last=True."
+            )
+        batch = {"images": references[: self.batch_size], "reference_images": references}
+        if self.label_key in columns:
+            labels = torch.as_tensor(columns[self.label_key])
+            if labels.is_floating_point() or labels.ndim != 1:
+                raise TypeError(
+                    f"labels in {self.label_key!r} must be one integer per example; got {labels.dtype} of shape "
+                    f"{tuple(labels.shape)}. Pass label_key= to name another column."
+                )
+            labels = labels.to(torch.int64)
+            batch |= {"labels": labels[: self.batch_size], "reference_labels": labels}
+        return batch
+
+
+def _stack(images: Any, key: str) -> Tensor:
+    if isinstance(images, Tensor):
+        return images
+    try:
+        tensors = [torch.as_tensor(image) for image in images]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"images in {key!r} must be tensors or arrays; got {type(images[0]).__name__}. Convert them in the data "
+            "set's transform, for instance torch.from_numpy(numpy.array(image)).permute(2, 0, 1) for uint8 pixels."
+        ) from error
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"images in {key!r} must have one shape; got {sorted(shapes)[:4]}. Resize and crop them first."
+        )
+    return torch.stack(tensors)
