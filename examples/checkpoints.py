@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 
 PREFIX = "checkpoint-"
 MANIFEST = "training_state.json"
+AVERAGE = "ema.safetensors"
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -41,7 +44,13 @@ def find_checkpoint(output_dir: Path, requested: str | None) -> Path | None:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, step: int, ema: EMAModel | None, run: dict[str, Any], limit: int | None
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    unet: nn.Module,
+    ema: EMAModel | None,
+    run: dict[str, Any],
+    limit: int | None,
 ) -> None:
     """Save the state after `step` optimizer steps from all processes, then drop the oldest beyond `limit`.
 
@@ -56,7 +65,10 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if ema is not None:
-            ema.save_pretrained(staging / "ema")
+            scalars = ema.state_dict()
+            averages = scalars.pop("shadow_params")
+            named = {name: average for (name, _), average in zip(unet.named_parameters(), averages, strict=True)}
+            save_file(named, staging / AVERAGE, metadata={"state": json.dumps(scalars)})
         (staging / MANIFEST).write_text(json.dumps({"step": step, "run": run}, indent=2))
         if final.exists():
             discard(final)
@@ -94,9 +106,10 @@ def read_step(checkpoint: Path, run: dict[str, Any]) -> int:
     return int(manifest["step"])
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMAModel | None) -> None:
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, unet: nn.Module, ema: EMAModel | None) -> None:
     """Load what `save_checkpoint` saved into the prepared objects and `ema`. Torch files are read with weights_only."""
     accelerator.load_state(str(checkpoint), load_kwargs={"weights_only": True})
     if ema is not None:
-        ema.load_state_dict(EMAModel.from_pretrained(str(checkpoint / "ema"), UNet2DModel).state_dict())
-        ema.to(accelerator.device)
+        with safe_open(checkpoint / AVERAGE, framework="pt", device=str(accelerator.device)) as file:
+            averages = [file.get_tensor(name) for name, _ in unet.named_parameters()]
+            ema.load_state_dict({**json.loads(file.metadata()["state"]), "shadow_params": averages})

@@ -254,7 +254,8 @@ def choose_process(args: argparse.Namespace, images: ImageColumn) -> tuple[EDM |
     Raises:
         ValueError: a flag that the process does not have, or that contradicts the pipeline being fine-tuned.
     """
-    saved = read_metadata(args.pretrained_model_name_or_path) if args.pretrained_model_name_or_path else None
+    pretrained = args.pretrained_model_name_or_path
+    saved = read_metadata(pretrained, cache_dir=args.cache_dir) if pretrained else None
     saved_process = dict(saved["process"]) if saved else {}
     name = args.noise_process or saved_process.pop("name", "edm")
     saved_process.pop("name", None)
@@ -262,7 +263,7 @@ def choose_process(args: argparse.Namespace, images: ImageColumn) -> tuple[EDM |
         raise ValueError(
             f"--noise_process {name}, but the pretrained pipeline was trained on {saved['process']['name']}."
         )
-    if args.pretrained_model_name_or_path and saved is None:
+    if pretrained and saved is None:
         logger.warning("The pretrained pipeline does not say how it was trained: its network must adapt to %s.", name)
     every = {flag for flags in PROCESS_PARAMETERS.values() for flag in flags}
     given: dict[str, Any] = {flag: getattr(args, flag) for flag in every if getattr(args, flag) is not None}
@@ -272,19 +273,16 @@ def choose_process(args: argparse.Namespace, images: ImageColumn) -> tuple[EDM |
     foreign = sorted(given.keys() - PROCESS_PARAMETERS[name])
     if foreign:
         raise ValueError(f"--{foreign[0]} is no parameter of --noise_process {name}; leave it out.")
-    if name == "edm":
-        measured = measure_standard_deviation(images)
-        if given.get("sigma_data") == "auto":
-            given["sigma_data"] = round(measured, 4)
-            logger.info("sigma_data: %.4f, measured.", measured)
-        else:
-            used: float = given.get("sigma_data", saved_process.get("sigma_data", EDM.sigma_data))
-            if abs(measured / used - 1) > 0.2:
-                logger.warning(
-                    "The standard deviation of the data is %.3f, more than 20 %% from sigma_data %.3f: "
-                    "--sigma_data auto uses the measured value.", measured, used,
-                )  # fmt: skip
-    return {"edm": EDM, "ve": VE, "vp": VP}[name](**{**saved_process, **given}), ranges
+    measured = measure_standard_deviation(images) if name == "edm" else 0.0
+    if given.get("sigma_data") == "auto":
+        given["sigma_data"] = round(measured, 4)
+    process = {"edm": EDM, "ve": VE, "vp": VP}[name](**{**saved_process, **given})
+    if isinstance(process, EDM) and abs(measured / process.sigma_data - 1) > 0.2:
+        logger.warning(
+            "The standard deviation of the data is %.3f, more than 20 %% from sigma_data = %g: --sigma_data auto uses "
+            "the measured value.", measured, process.sigma_data,
+        )  # fmt: skip
+    return process, ranges
 
 
 def build_unet(args: argparse.Namespace, reader: ImageReader, num_classes: int | None) -> UNet2DModel:
@@ -298,7 +296,7 @@ def build_unet(args: argparse.Namespace, reader: ImageReader, num_classes: int |
             args.pretrained_model_name_or_path, subfolder="unet", cache_dir=args.cache_dir
         )
     else:
-        preset = "digits_16" if reader.resolution <= 16 else "cifar10_32" if reader.resolution <= 32 else "celeba_64"
+        preset = "digits_12" if reader.resolution <= 16 else "cifar10_32" if reader.resolution <= 32 else "celeba_64"
         path = Path(args.model_config or Path(__file__).parent / "configs" / f"{preset}.json")
         config = json.loads(path.read_text())
         shape = {"sample_size": reader.resolution, "in_channels": reader.channels, "out_channels": reader.channels}
@@ -416,7 +414,8 @@ def upload(args: argparse.Namespace, folder: Path, repository: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(__name__).setLevel(logging.INFO)
     output_dir = Path(args.output_dir)
     report_to = args.report_to or ("tensorboard" if "tensorboard" in available_trackers() else "none")
     accelerator = Accelerator(
@@ -486,8 +485,6 @@ def main(argv: list[str] | None = None) -> None:
             use_ema_warmup=True,
             inv_gamma=args.ema_inv_gamma,
             power=args.ema_power,
-            model_cls=UNet2DModel,
-            model_config=unet.config,
         )
     run = {
         "process": process_to_config(process),
@@ -503,7 +500,7 @@ def main(argv: list[str] | None = None) -> None:
     first_step = 0
     if resume is not None:
         first_step = read_step(resume, run)
-        load_checkpoint(accelerator, resume, ema)
+        load_checkpoint(accelerator, resume, unet, ema)
         logger.info("Resumed after step %d from %s.", first_step, resume)
     repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
     if accelerator.is_main_process:
@@ -591,7 +588,7 @@ def main(argv: list[str] | None = None) -> None:
             if not math.isfinite(report["loss"]):
                 raise FloatingPointError(f"the loss is {report['loss']} at step {step}; nothing was saved after it.")
         if checkpoint_due:
-            save_checkpoint(accelerator, output_dir, step, ema, run, args.checkpoints_total_limit)
+            save_checkpoint(accelerator, output_dir, step, unet, ema, run, args.checkpoints_total_limit)
         if args.sample_steps and step % args.sample_steps == 0 and step < max_steps:
             save_grid(averaged_pipeline(step), step)
     progress.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -125,10 +124,19 @@ def diffusers_pipeline(
     return pipeline_class(unet=unet, scheduler=scheduler)
 
 
-def read_metadata(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The training metadata of a saved pipeline folder; None where it was not trained by this package."""
-    path = Path(folder) / "scheduler" / "scheduler_config.json"
-    return json.loads(path.read_text()).get(METADATA_KEY) if path.is_file() else None
+def read_metadata(
+    pretrained_model_name_or_path: str | os.PathLike[str], cache_dir: str | None = None
+) -> dict[str, Any] | None:
+    """The training metadata of a saved pipeline, a folder or a Hub repository; None where another package trained it.
+
+    Raises:
+        OSError: there is no such pipeline.
+    """
+    # Any scheduler class reads the file; none is constructed.
+    config = DPMSolverMultistepScheduler.load_config(
+        pretrained_model_name_or_path, subfolder="scheduler", cache_dir=cache_dir
+    )
+    return config.get(METADATA_KEY)
 
 
 def save_pipeline(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def full_precision(device_type: str) -> Iterator[None]:
 
     ``autocast(enabled=False)`` alone leaves TF32 (CUDA) and bf16 (oneDNN) products on.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     previous = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
