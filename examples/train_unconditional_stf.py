@@ -512,10 +512,10 @@ def main(argv: list[str] | None = None) -> None:
     if report_to != "none":
         accelerator.init_trackers("stf_diffusers", config={key: str(value) for key, value in vars(args).items()})
     logger.info(
-        "%s with n = %d references on %s; %d images of %s, %s; %.1f M parameters; %d steps of %d images.",
+        "%s with n = %d references on %s; %d images of %s, %s; %.1f M parameters; %d steps of %d images on %d process(es).",
         args.objective.upper(), 1 if args.objective == "dsm" else n, process, len(images), images.shape,
         "decoded in memory" if images.images is not None else "decoded as they are read",
-        unet.num_parameters() / 1e6, max_steps, images_per_step,
+        unet.num_parameters() / 1e6, max_steps, images_per_step, num_processes,
     )  # fmt: skip
 
     def averaged_pipeline(step: int) -> DiffusionPipeline:

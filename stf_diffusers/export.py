@@ -78,7 +78,7 @@ def sampling_scheduler(
 
     Raises:
         TypeError: another process.
-        ValueError: a range for a process that has its own.
+        ValueError: a range for a process that has its own, or noise levels that Diffusers cannot represent.
     """
     if isinstance(process, EDM):
         return EDMDPMSolverMultistepScheduler(
@@ -95,7 +95,15 @@ def sampling_scheduler(
         ratio = process.sigma(t) / process.alpha(t)
     else:
         raise TypeError(f"no Diffusers scheduler is known here for {type(process).__name__}; use EDM, VE or VP.")
-    return DPMSolverMultistepScheduler(trained_betas=trained_betas(ratio), use_karras_sigmas=True)
+    scheduler = DPMSolverMultistepScheduler(trained_betas=trained_betas(ratio), use_karras_sigmas=True)
+    # Diffusers multiplies a thousand factors near 1 in float32, which loses noise levels below about 0.002.
+    kept = (1 / scheduler.alphas_cumprod.double() - 1).sqrt()
+    if not bool(((kept / ratio - 1).abs() < 0.01).all()):
+        raise ValueError(
+            f"the smallest noise levels of {process} (from {ratio[0].item():.2g}) are lost in the float32 tables of "
+            "Diffusers' schedulers. Raise sigma_min (VE) or beta_min (VP)."
+        )
+    return scheduler
 
 
 def diffusers_pipeline(

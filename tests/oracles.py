@@ -1,0 +1,67 @@
+"""Float64 oracles written from the mathematics, and where the golden numbers are. Nothing here calls the package."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(os.environ.get("STF_SHARED", Path(__file__).parents[2] / "shared"))
+
+# y = a x0 + b noise: (a, b) of every prediction type, for float64 alpha and sigma.
+TABLE = {
+    "epsilon": lambda alpha, sigma: (0 * alpha, 1 + 0 * sigma),
+    "sample": lambda alpha, sigma: (1 + 0 * alpha, 0 * sigma),
+    "v_prediction": lambda alpha, sigma: (-sigma, alpha),
+    "flow_prediction": lambda alpha, sigma: (-1 + 0 * alpha, 1 + 0 * sigma),
+    "score": lambda alpha, sigma: (0 * alpha, -1 / sigma),
+}
+
+
+def rows(vector, like):
+    """A (B,) vector in float64, shaped to multiply the rows of `like`."""
+    return vector.double().view(len(vector), *[1] * (like.ndim - 1))
+
+
+def posterior(noisy, reference, alpha, sigma, mask=None):
+    """softmax_i(-|x_t - alpha x_i|^2 / 2 sigma^2) by exact differences: weights (B, n) and mean (B, ...), float64."""
+    flat, refs, weights = noisy.double().flatten(1), reference.double().flatten(1), []
+    for i, x in enumerate(flat):
+        logits = -(x - alpha[i].double() * refs).square_().sum(1) / (2 * sigma[i].double() ** 2)
+        weights.append((logits if mask is None else logits.masked_fill(~mask[i], -torch.inf)).softmax(0))
+    weights = torch.stack(weights)
+    return weights, (weights @ refs).view(noisy.shape)
+
+
+def worst(result, expected):
+    """Largest absolute difference."""
+    assert result.shape == expected.shape
+    return (result.double() - expected.double()).abs().max().item()
+
+
+def images(*shape, seed=0, dtype=torch.float32):
+    """Random images in [-1, 1]."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype) * 2 - 1
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def load_golden(whole):
+    """`posterior_mean.npz` of the reference implementations: the slice kept here, or the `whole` file in ../shared.
+
+    Both hold all 96 references and 12 rows; the slice has every 16th element of the targets. The noise is torch's of
+    seed 1, checked against the file, so that the slice need not hold it.
+    """
+    path = (SHARED / "oracle" if whole else GOLDEN) / "posterior_mean.npz"
+    data = {key: torch.from_numpy(value) for key, value in np.load(path).items() if value.ndim}
+    if not whole:
+        pixels = data.pop("reference_deltas").numpy().cumsum(-1, dtype=np.uint8)  # differences compress better
+        data["reference"] = torch.from_numpy((pixels.astype(np.float32) / np.float32(127.5)) - 1)
+        data["reference"][40], data["reference"][41] = data["reference"][3], data["near_duplicate"]
+        data["noise"] = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(data["noise"][:, 0, 0, :4], data["noise_check"]), "this torch draws other noise for seed 1"
+    data["stride"] = 1 if whole else 16
+    return data

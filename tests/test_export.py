@@ -1,0 +1,162 @@
+"""Saved pipelines: plain Diffusers, fed the exact denoiser of a few points, must give back those points."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from scipy import stats
+
+from stf_diffusers import EDM, VE, VP, FlowMatching
+from stf_diffusers.export import (
+    METADATA_KEY,
+    diffusers_pipeline,
+    process_from_config,
+    process_to_config,
+    read_metadata,
+    sampling_scheduler,
+    save_pipeline,
+    trained_betas,
+)
+
+PROCESSES = {"edm": EDM(sigma_data=0.6), "ve": VE(), "vp": VP()}
+
+
+def small_unet(channels=1, size=4, classes=None):
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(4, 4),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=4,
+        num_class_embeds=classes,
+    )
+
+
+def noise_to_signal(name, timestep):
+    """sigma/alpha at the network's timestep, from the formulas of the papers."""
+    t = timestep.double()
+    if name == "edm":
+        return (4 * t).exp()
+    if name == "ve":
+        return 0.02 * (100 / 0.02) ** (t / 999)
+    time = (t + 1) / 1000
+    return torch.expm1(19.9 * time**2 / 2 + 0.1 * time).sqrt()
+
+
+class ExactUNet(UNet2DModel):
+    """The network that training would converge to on `points`, written without the package's code."""
+
+    def attach(self, name, points):
+        self.name, self.points = name, points.double()
+        return self
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        ratio = noise_to_signal(self.name, torch.as_tensor(timestep).reshape(-1)[:1].expand(len(sample)))[:, None]
+        data_std = 0.6 if self.name == "edm" else 1.0
+        unscaled = sample.double().flatten(1) * (ratio**2 + data_std**2).sqrt()  # x0 + ratio * noise
+        distance = (unscaled[:, None] - self.points.flatten(1)).square().sum(2)
+        denoised = torch.softmax(-distance / (2 * ratio**2), 1) @ self.points.flatten(1)
+        if self.name == "edm":
+            total = ratio**2 + 0.36
+            output = (denoised - 0.36 / total * unscaled) * total.sqrt() / (ratio * 0.6)
+        else:
+            output = (unscaled - denoised) / ratio
+        output = output.reshape(sample.shape).to(sample.dtype)
+        return UNet2DOutput(sample=output) if return_dict else (output,)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_samples_of_the_exact_denoiser_are_the_points(name):
+    generator = torch.Generator().manual_seed(0)
+    points = (torch.rand(6, 1, 4, 4, generator=generator) > 0.5).double() * 1.6 - 0.8
+    unet = ExactUNet.from_config(small_unet().config).attach(name, points)
+    pipeline = diffusers_pipeline(unet, PROCESSES[name])
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=600, generator=generator, num_inference_steps=35, output_type="pt").images
+    distance = torch.cdist((images.double() * 2 - 1).flatten(1), points.flatten(1))
+    nearest, which = distance.min(1)
+    assert nearest.max() < 1e-3
+    # Frequencies: chi-square against equal weights; a right sampler fails one time in 10^4.
+    assert stats.chisquare(torch.bincount(which, minlength=6).numpy()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("name", ["ve", "vp"])
+def test_trained_betas_reproduce_the_process_at_integer_timesteps(name):
+    scheduler = sampling_scheduler(PROCESSES[name])
+    ratio = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt().double()
+    expected = noise_to_signal(name, torch.arange(1000))
+    # Diffusers multiplies a thousand float32 factors.
+    torch.testing.assert_close(ratio, expected, rtol=3e-4, atol=0)
+
+
+def test_trained_betas_are_exact_in_float64():
+    sigmas = torch.logspace(-3, 3, 500, dtype=torch.float64)
+    signal = torch.cumprod(1 - torch.tensor(trained_betas(sigmas), dtype=torch.float64), 0)
+    torch.testing.assert_close(((1 - signal) / signal).sqrt(), sigmas, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("process", [*PROCESSES.values(), EDM(p_mean=-0.4), VP(beta_d=10.0)])
+def test_process_config_round_trip(process):
+    assert process_from_config(json.loads(json.dumps(process_to_config(process)))) == process
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("classes", [None, 3])
+def test_saved_folder_loads_and_samples_as_the_one_in_memory(name, channels, classes, tmp_path):
+    pipeline = diffusers_pipeline(small_unet(channels, classes=classes), PROCESSES[name], metadata={"steps": 7})
+    save_pipeline(pipeline, tmp_path, raw_unet=small_unet(channels, classes=classes))
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is type(pipeline)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+    call = {"batch_size": 2, "num_inference_steps": 4, "output_type": "pt"}
+    if classes:
+        call["class_labels"] = [0, 2]
+    results = []
+    for pipe in (pipeline, loaded):
+        pipe.set_progress_bar_config(disable=True)
+        results.append(pipe(generator=torch.Generator().manual_seed(1), **call).images)
+    assert torch.equal(*results)
+    # The metadata is there, and survives being saved again by Diffusers alone.
+    loaded.save_pretrained(tmp_path / "again")
+    for folder in (tmp_path, tmp_path / "again"):
+        assert read_metadata(folder) == {"steps": 7, "process": process_to_config(PROCESSES[name])}
+    assert METADATA_KEY.startswith("_")
+
+
+def test_saving_replaces_the_pipeline_and_keeps_other_files(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "kept").write_text("kept")
+    save_pipeline(diffusers_pipeline(small_unet(), VE()), tmp_path, raw_unet=small_unet())
+    save_pipeline(diffusers_pipeline(small_unet(), EDM()), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoint-5", "model_index.json", "scheduler", "unet"}
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "ConsistencyModelPipeline"
+
+
+def test_a_failed_save_leaves_the_earlier_pipeline(tmp_path, monkeypatch):
+    save_pipeline(diffusers_pipeline(small_unet(), VE()), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    broken = diffusers_pipeline(small_unet(), EDM())
+    monkeypatch.setattr(broken.unet, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_pipeline(broken, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_errors_say_what_is_supported():
+    with pytest.raises(TypeError, match="EDM, VE or VP"):
+        sampling_scheduler(FlowMatching())
+    with pytest.raises(ValueError, match="trained with"):
+        sampling_scheduler(VE(), sigma_max=50.0)
+    with pytest.raises(TypeError, match="can be saved"):
+        process_to_config(FlowMatching())
+    with pytest.raises(ValueError, match="none of edm, ve, vp"):
+        process_from_config({"name": "cosine"})
