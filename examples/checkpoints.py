@@ -110,6 +110,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, unet: nn.Module,
     """Load what `save_checkpoint` saved into the prepared objects and `ema`. Torch files are read with weights_only."""
     accelerator.load_state(str(checkpoint), load_kwargs={"weights_only": True})
     if ema is not None:
-        with safe_open(checkpoint / AVERAGE, framework="pt", device=str(accelerator.device)) as file:
+        with safe_open(checkpoint / AVERAGE, framework="pt") as file:
             averages = [file.get_tensor(name) for name, _ in unet.named_parameters()]
             ema.load_state_dict({**json.loads(file.metadata()["state"]), "shadow_params": averages})
+        ema.to(accelerator.device)

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from oracles import SHARED, images, load_golden, normal, posterior, rows, worst
 
+from oracles import SHARED, images, load_golden, normal, posterior, rows, worst
 from stf_diffusers import posterior_mean
 from stf_diffusers.posterior import PosteriorState
 
@@ -174,9 +174,8 @@ from stf_diffusers import posterior_mean
 
 def settings():
     backends = torch.backends
-    state = [backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision, backends.fp32_precision,
-             torch.is_autocast_enabled("cpu")]
-    return state + ([torch.get_float32_matmul_precision()] if sys.argv[1].startswith("legacy") else [])
+    state = [backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision, backends.fp32_precision]
+    return state + ([torch.get_float32_matmul_precision()] if sys.argv[1] == "legacy" else [])
 
 class Products(TorchDispatchMode):
     seen = []
@@ -185,34 +184,44 @@ class Products(TorchDispatchMode):
             self.seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
         return function(*args, **(kwargs or {}))
 
-match sys.argv[1]:
-    case "legacy medium": torch.set_float32_matmul_precision("medium")
-    case "legacy high": torch.set_float32_matmul_precision("high")
-    case "legacy tf32": torch.backends.cuda.matmul.allow_tf32 = True
-    case "new":
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = "tf32", "bf16"
-    case "new global": torch.backends.fp32_precision = "tf32"
-before = settings()
-assert before != ["none", "none", "none", False, "highest"][: len(before)]  # the case did set something
+def legacy_medium():
+    torch.set_float32_matmul_precision("medium")
+def legacy_high():
+    torch.set_float32_matmul_precision("high")
+def legacy_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+def new():
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = "tf32", "bf16"
+def new_global():
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+
 noisy, reference, alpha, sigma = problem(n=300, shape=(3, 16, 16))
-with Products(), torch.autocast("cpu", dtype=torch.bfloat16):
-    result = posterior_mean(noisy, reference, alpha=alpha, sigma=sigma)
-assert Products.seen and set(Products.seen) == {("ieee", "ieee")}, Products.seen
-error = (result.mean - posterior(noisy, reference, alpha, sigma)[1]).abs().max()
-assert error < 1e-5, error
-assert settings() == before, settings()
-try:
-    posterior_mean(noisy, reference.int(), alpha=alpha, sigma=sigma)
-except TypeError:
-    assert settings() == before, settings()
-else:
-    raise AssertionError("int32 references are refused inside")
+expected = posterior(noisy, reference, alpha, sigma)[1]
+for change in {"legacy": (legacy_medium, legacy_high, legacy_tf32), "new": (new, new_global)}[sys.argv[1]]:
+    before = settings()
+    change()
+    changed = settings()
+    assert change is legacy_tf32 or changed != before
+    Products.seen.clear()
+    with Products(), torch.autocast("cpu", dtype=torch.bfloat16):
+        mean = posterior_mean(noisy, reference, alpha=alpha, sigma=sigma).mean
+        assert torch.is_autocast_enabled("cpu")
+    assert Products.seen and set(Products.seen) == {("ieee", "ieee")}, Products.seen
+    assert (mean - expected).abs().max() < 1e-5
+    assert settings() == changed, (changed, settings())
+    try:
+        posterior_mean(noisy, reference.int(), alpha=alpha, sigma=sigma)
+    except TypeError:
+        assert settings() == changed, (changed, settings())
+    else:
+        raise AssertionError("int32 references are refused where the settings are changed")
 """
     tests = os.path.dirname(__file__)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(tests), *sys.path])}
     jobs = {
         case: subprocess.Popen([sys.executable, "-c", script, case, tests], env=environment, stderr=subprocess.PIPE)
-        for case in ("legacy medium", "legacy high", "legacy tf32", "new", "new global")
+        for case in ("legacy", "new")
     }
     errors = {case: job.communicate()[1].decode() for case, job in jobs.items()}
     assert not any(job.returncode for job in jobs.values()), errors
@@ -247,10 +256,9 @@ def test_chunks_do_not_matter(chunk_size):
     torch.testing.assert_close(chunked.effective_sample_size, whole.effective_sample_size, rtol=1e-6, atol=0)
 
 
-def test_default_chunks(monkeypatch):
-    """Also where the references exceed one default chunk."""
-    monkeypatch.setattr("stf_diffusers.posterior._CHUNK_ELEMENTS", 3 * 8 * 8 * 12)
-    noisy, reference, alpha, sigma = problem()
+def test_default_chunks():
+    """Without a chunk size, images of 2^21 pixels are read four at a time."""
+    noisy, reference, alpha, sigma = problem(n=6, shape=(2**21,), sigmas=torch.tensor([1.0, 800.0, 3000.0]))
     expected = posterior(noisy, reference, alpha, sigma)[1]
     assert worst(posterior_mean(noisy, reference, alpha=alpha, sigma=sigma).mean, expected) < 1e-5
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from oracles import GOLDEN, SHARED, TABLE, images, normal, rows, worst
 
+from oracles import GOLDEN, SHARED, TABLE, images, normal, rows, worst
 from stf_diffusers.prediction import (
     PREDICTION_TYPES,
     edm_preconditioning,

@@ -11,13 +11,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import train_unconditional_stf as script
 from accelerate.state import AcceleratorState, GradientState
-from conftest import EXAMPLES, ROOT
 from diffusers import DiffusionPipeline, UNet2DModel
-from image_data import ImageReader, find_column, flip_at_random, load_digits_dataset, measure_standard_deviation
 from PIL import Image
 from safetensors.torch import load_file
+
+import train_unconditional_stf as script
+from conftest import EXAMPLES, ROOT
+from image_data import ImageReader, find_column, flip_at_random, load_digits_dataset, measure_standard_deviation
 
 TINY = {
     "_class_name": "UNet2DModel",
@@ -329,8 +330,7 @@ def test_cifar10_columns_are_found(flags, tmp_path):
     small = datasets.load_dataset(str(folder), split="train[:64]")
     assert small.column_names == ["img", "label"]
     small.to_parquet(tmp_path / "small.parquet")
-    data = [flag for flag in flags()[2:]]
-    script.main([*data, "--dataset_name", str(tmp_path / "small.parquet"), "--class_conditional"])
+    script.main([*flags()[2:], "--dataset_name", str(tmp_path / "small.parquet"), "--class_conditional"])
     assert DiffusionPipeline.from_pretrained(tmp_path / "run").unet.config.sample_size == 32
 
 
