@@ -6,9 +6,9 @@ from decimal import Decimal, localcontext
 
 import pytest
 import torch
-from oracles import TABLE, images, normal, rows, worst
 from scipy import stats
 
+from oracles import TABLE, images, normal, rows, worst
 from stf_diffusers import EDM, VE, VP, FlowMatching, NoiseProcess, SchedulerProcess
 from stf_diffusers.noise import expand_as_rows
 from stf_diffusers.prediction import recover_x0_and_noise
@@ -355,7 +355,9 @@ def test_not_a_scheduler(thing):
 
 def test_schedulers_without_a_known_forward_process():
     for name in ("ScoreSdeVeScheduler", "IPNDMScheduler", "CMStochasticIterativeScheduler"):
-        with pytest.raises(TypeError, match=f"{name} has no forward process.*Use the scheduler that the training script"):
+        with pytest.raises(
+            TypeError, match=f"{name} has no forward process.*Use the scheduler that the training script"
+        ):
             SchedulerProcess(getattr(diffusers, name)())
     with pytest.raises(ValueError, match="does not grow with its timesteps.*Use the training counterpart"):
         SchedulerProcess(diffusers.KDPM2DiscreteScheduler())
