@@ -33,7 +33,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
 from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
@@ -394,6 +394,31 @@ def batches_from(
         epoch, start = epoch + 1, 0
 
 
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The Accelerator of this run.
+
+    Raises:
+        ValueError: a distributed mode or device that this script is not tested on.
+    """
+    report_to = args.report_to or ("tensorboard" if "tensorboard" in available_trackers() else "none")
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
+        ),
+        mixed_precision=args.mixed_precision,
+        log_with=None if report_to == "none" else report_to,
+        project_dir=str(Path(args.output_dir) / args.logging_dir),
+        # The schedule counts optimizer steps and is stepped once for each, whatever the number of processes.
+        step_scheduler_with_optimizer=False,
+    )
+    mode, device = accelerator.distributed_type, accelerator.device.type
+    if mode not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(f"{mode.value} is not supported. Use data parallelism: choose it in `accelerate config`.")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device {device} is not supported: targets need float64. Pass --cpu to `accelerate launch`.")
+    return accelerator
+
+
 def create_repository(args: argparse.Namespace) -> str:
     """The repository that the run will be pushed to, made before the training so that it does not fail after it."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -417,32 +442,23 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)
     output_dir = Path(args.output_dir)
-    report_to = args.report_to or ("tensorboard" if "tensorboard" in available_trackers() else "none")
-    accelerator = Accelerator(
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
-        ),
-        mixed_precision=args.mixed_precision,
-        log_with=None if report_to == "none" else report_to,
-        project_dir=str(output_dir / args.logging_dir),
-        # The schedule counts optimizer steps and is stepped once for each, whatever the number of processes.
-        step_scheduler_with_optimizer=False,
-    )
+    accelerator = make_accelerator(args)
     process_index, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
     # Everything that is known to be wrong is said before anything on disk changes.
     resume = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    if args.resume_from_checkpoint == "latest" and resume is None:
+        logger.info("No checkpoint in %s yet: starting at step 0.", output_dir)
     occupied = complete_checkpoints(output_dir) or (output_dir / "model_index.json").exists()
-    if occupied and not args.resume_from_checkpoint and not args.overwrite_output_dir:
+    if occupied and resume is None and not args.overwrite_output_dir:
         raise ValueError(
             f"{output_dir} holds a trained run. Continue it with --resume_from_checkpoint latest, replace it with "
             "--overwrite_output_dir, or choose another --output_dir."
         )
-    if args.resume_from_checkpoint == "latest" and resume is None:
-        logger.info("No checkpoint in %s yet: starting at step 0.", output_dir)
-
     images, num_classes = load_images(args, accelerator)
-    n = args.train_batch_size if args.objective == "dsm" else args.reference_batch_size or min(4096, len(images))
+    n = args.reference_batch_size or max(args.train_batch_size, min(4096, len(images)))
+    if args.objective == "dsm":
+        n = args.train_batch_size
     sampler = ReferenceBatchSampler(len(images), args.train_batch_size, n, args.seed, num_processes, process_index)
     loader = DataLoader(
         images,
@@ -496,6 +512,7 @@ def main(argv: list[str] | None = None) -> None:
         "num_images": len(images),
         "seed": args.seed,
         "use_ema": args.use_ema,
+        "random_flip": args.random_flip,
     }
     first_step = 0
     if resume is not None:
@@ -509,7 +526,7 @@ def main(argv: list[str] | None = None) -> None:
             for path in complete_checkpoints(output_dir):
                 discard(path)
     accelerator.wait_for_everyone()
-    if report_to != "none":
+    if accelerator.log_with:
         accelerator.init_trackers("stf_diffusers", config={key: str(value) for key, value in vars(args).items()})
     logger.info(
         "%s with n = %d references on %s; %d images of %s, %s; %.1f M parameters; %d steps of %d images on %d process(es).",

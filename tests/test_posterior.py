@@ -162,6 +162,14 @@ def test_alpha_and_sigma_may_be_numbers_or_half_precision():
         assert torch.equal(posterior_mean(noisy, reference, alpha=alpha, sigma=sigma).mean, vectors.mean)
 
 
+@pytest.mark.xfail(strict=True, reason="Python numbers for alpha and sigma are rounded to float32")
+def test_numbers_are_float64():
+    noisy, reference, alpha, sigma = problem(dtype=torch.float64, sigmas=torch.full((4,), 0.7, dtype=torch.float64))
+    alpha *= 0.9
+    expected = posterior(noisy, reference, alpha, sigma)[1]
+    assert worst(posterior_mean(noisy, reference, alpha=0.9, sigma=0.7).mean, expected) < 1e-12
+
+
 def test_settings_of_the_caller():
     """TF32 and bf16 products, set by either API, reach no product of the estimator, and are there again afterwards."""
     script = """
