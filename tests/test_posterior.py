@@ -164,9 +164,11 @@ def test_alpha_and_sigma_may_be_numbers_or_half_precision():
 
 @pytest.mark.xfail(strict=True, reason="Python numbers for alpha and sigma are rounded to float32")
 def test_numbers_are_float64():
-    noisy, reference, alpha, sigma = problem(dtype=torch.float64, sigmas=torch.full((4,), 0.7, dtype=torch.float64))
-    alpha *= 0.9
+    noisy, reference, alpha, sigma = problem(
+        shape=(2,), dtype=torch.float64, sigmas=torch.full((4,), 0.7, dtype=torch.float64), alpha=0.9
+    )
     expected = posterior(noisy, reference, alpha, sigma)[1]
+    assert worst(posterior_mean(noisy, reference, alpha=alpha, sigma=sigma).mean, expected) < 1e-12
     assert worst(posterior_mean(noisy, reference, alpha=0.9, sigma=0.7).mean, expected) < 1e-12
 
 

@@ -1,0 +1,297 @@
+"""Which examples are read together, and how they are laid out: exchangeable sets, the sources first."""
+
+import itertools
+
+import pytest
+import torch
+from oracles import images
+from scipy import stats
+from torch.utils.data import DataLoader, TensorDataset
+
+from stf_diffusers import ReferenceBatchCollator, ReferenceBatchSampler
+
+SIZES = [(20, 4, 10), (20, 4, 4), (20, 4, 20), (23, 4, 10), (7, 7, 7), (5, 1, 1), (5, 1, 5), (1000, 16, 64)]
+
+
+def epoch_of(sampler, epoch=0, start=0):
+    sampler.set_epoch(epoch, start)
+    return list(sampler)
+
+
+# ---- the sampler
+
+
+@pytest.mark.parametrize(("examples", "batch", "n"), SIZES)
+def test_an_epoch_is_one_pass_over_the_sources(examples, batch, n):
+    sampler = ReferenceBatchSampler(examples, batch, n)
+    lists = epoch_of(sampler)
+    assert len(lists) == len(sampler) == examples // batch
+    sources = [i for indices in lists for i in indices[:batch]]
+    assert len(set(sources)) == len(sources) == examples // batch * batch
+    for indices in lists:
+        assert len(indices) == len(set(indices)) == n  # no image twice
+        assert all(type(i) is int and 0 <= i < examples for i in indices)
+
+
+def test_every_epoch_leaves_out_others():
+    """23 = 5 x 4 + 3: over 200 epochs every image is a source about 20/23 of the time (|z| < 4.5 for each of 23)."""
+    sampler = ReferenceBatchSampler(23, 4, 10)
+    counts = torch.zeros(23)
+    for _ in range(200):
+        counts[[i for indices in sampler for i in indices[:4]]] += 1
+    z = (counts - 200 * 20 / 23) / (200 * 20 / 23 * 3 / 23) ** 0.5
+    assert z.abs().max() < 4.5
+
+
+def test_others_are_uniform_over_the_rest():
+    """Chi-square, p > 0.001: the first other, the ordered pair of the first two, and every position of the list.
+
+    Given the sources, the rank of an other among the N - B images that are no sources is uniform, and independent
+    from batch to batch.
+    """
+    sampler = ReferenceBatchSampler(12, 3, 7)
+    first, pairs, last = torch.zeros(9), torch.zeros(9, 9), torch.zeros(9)
+    for _ in range(2000):
+        for indices in sampler:
+            rest = sorted(set(range(12)) - set(indices[:3]))
+            ranks = [rest.index(i) for i in indices[3:]]
+            first[ranks[0]] += 1
+            last[ranks[-1]] += 1
+            pairs[ranks[0], ranks[1]] += 1
+    assert first.sum() == 8000
+    for counts in (first, last, pairs[~torch.eye(9, dtype=torch.bool)]):
+        assert counts.min() > 0 and stats.chisquare(counts.numpy()).pvalue > 1e-3
+    assert pairs.diagonal().sum() == 0
+
+
+def test_sources_are_uniform_and_in_random_order():
+    """Chi-square, p > 0.001, of the first source, and of the pairs of sources that share a batch."""
+    sampler = ReferenceBatchSampler(10, 2, 3)
+    first, pairs = torch.zeros(10), torch.zeros(10, 10)
+    for epoch in range(4000):
+        a, b, _ = epoch_of(sampler, epoch)[0]
+        first[a] += 1
+        pairs[a, b] += 1
+    assert stats.chisquare(first.numpy()).pvalue > 1e-3
+    assert stats.chisquare(pairs[~torch.eye(10, dtype=torch.bool)].numpy()).pvalue > 1e-3
+
+
+def test_fresh_in_each_step_and_epoch():
+    sampler = ReferenceBatchSampler(500, 5, 50)
+    lists = epoch_of(sampler, 0) + epoch_of(sampler, 1)
+    others = [frozenset(indices[5:]) for indices in lists]
+    assert len(set(others)) == len(others) == 200
+    assert [indices[:5] for indices in lists[:100]] != [indices[:5] for indices in lists[100:]]
+    # Two lists share about 45 * 45 / 495 = 4 of their others, as independent draws do.
+    shared = torch.tensor([len(a & b) for a, b in itertools.pairwise(others)]).double()
+    assert abs(shared.mean() - 4.05) < 0.6
+
+
+def test_epochs_are_functions_of_the_seed():
+    """Any order of visits, any instance: the same (seed, epoch) gives the same lists; iterating goes to the next."""
+    first, second = ReferenceBatchSampler(50, 5, 20, seed=1), ReferenceBatchSampler(50, 5, 20, seed=1)
+    epochs = [list(first), list(first), list(first)]
+    state = torch.get_rng_state()
+    assert [epoch_of(second, e) for e in (2, 0, 1)] == [epochs[2], epochs[0], epochs[1]]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert list(ReferenceBatchSampler(50, 5, 20, seed=2)) != epochs[0]
+    # (seed 1, epoch 0) and (seed 0, epoch 1) are different draws
+    assert epoch_of(ReferenceBatchSampler(50, 5, 20, seed=0), 1) != epochs[0]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_epoch_can_be_entered_anywhere(processes):
+    for index in range(processes):
+        sampler = ReferenceBatchSampler(60, 5, 20, num_processes=processes, process_index=index)
+        whole = epoch_of(sampler, 3)
+        for start in range(len(whole) + 1):
+            resumed = ReferenceBatchSampler(60, 5, 20, num_processes=processes, process_index=index)
+            assert epoch_of(resumed, 3, start) == whole[start:]
+            assert list(resumed) == epoch_of(sampler, 4)  # the next epoch is whole again
+
+
+def test_an_iterator_keeps_its_epoch():
+    """As a prefetching DataLoader needs it: set_epoch in the middle of an epoch belongs to the next one."""
+    sampler = ReferenceBatchSampler(50, 5, 20)
+    expected = epoch_of(sampler, 0)
+    sampler.set_epoch(0)
+    lists = []
+    for indices in sampler:
+        lists.append(indices)
+        sampler.set_epoch(7)
+    assert lists == expected
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_an_epoch(processes):
+    """Disjoint sources that together are the single-process epoch, in its order, with the same others."""
+    single = epoch_of(ReferenceBatchSampler(65, 4, 20), 2)
+    shards = [
+        epoch_of(ReferenceBatchSampler(65, 4, 20, num_processes=processes, process_index=i), 2) for i in range(processes)
+    ]
+    assert {len(shard) for shard in shards} == {65 // (4 * processes)}  # the same number of steps on all
+    interleaved = [indices for step in zip(*shards, strict=True) for indices in step]
+    assert interleaved == single[: len(interleaved)]
+    sources = [i for indices in interleaved for i in indices[:4]]
+    assert len(set(sources)) == len(sources)
+
+
+SAMPLER_ERRORS = {
+    "no sources": ((10, 0, 5), {}, "1 <= batch_size <= reference_batch_size; got 0 and 5"),
+    "fewer references than sources": ((10, 4, 3), {}, "got 4 and 3. Raise reference_batch_size"),
+    "more references than images": ((10, 4, 11), {}, "reference_batch_size 11 exceeds the 10 images.*Use at most 10"),
+    "process index": ((10, 2, 4), dict(num_processes=2, process_index=2), r"process_index must lie in \[0, 2\); got 2"),
+    "negative process index": ((10, 2, 4), dict(process_index=-1), r"process_index must lie in \[0, 1\); got -1"),
+    "no step for all": ((10, 4, 4), dict(num_processes=3), "3 processes times batch_size 4 exceeds the 10.*Lower batch"),
+}
+
+
+@pytest.mark.parametrize("case", SAMPLER_ERRORS)
+def test_sampler_errors(case):
+    arguments, keywords, message = SAMPLER_ERRORS[case]
+    with pytest.raises(ValueError, match=message):
+        ReferenceBatchSampler(*arguments, **keywords)
+
+
+# ---- through torch and Accelerate
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_through_a_data_loader(workers):
+    data, labels = images(40, 1, 2, 2), torch.arange(40)
+    sampler, collate = ReferenceBatchSampler(40, 4, 12), ReferenceBatchCollator(4, "x", "y")
+    rows = [{"x": x, "y": int(y)} for x, y in zip(data, labels, strict=True)]
+    loader = DataLoader(rows, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+    for epoch in (5, 0):
+        expected = epoch_of(ReferenceBatchSampler(40, 4, 12), epoch)
+        sampler.set_epoch(epoch)
+        batches = list(loader)
+        assert len(loader) == len(batches) == 10
+        for batch, indices in zip(batches, expected, strict=True):
+            assert torch.equal(batch["reference_images"], data[indices])
+            assert torch.equal(batch["images"], data[indices[:4]])
+            assert batch["reference_labels"].tolist() == indices and batch["labels"].tolist() == indices[:4]
+
+
+@pytest.mark.parametrize("examples", [40, 43, 47])
+def test_sharded_by_accelerate(examples):
+    """Accelerate's shards are the sampler's own, follow set_epoch, and have equal lengths."""
+    accelerate = pytest.importorskip("accelerate.data_loader")
+    for index in range(2):
+        own = ReferenceBatchSampler(examples, 4, 12, num_processes=2, process_index=index)
+        shard = accelerate.BatchSamplerShard(ReferenceBatchSampler(examples, 4, 12), num_processes=2, process_index=index)
+        assert len(shard) == len(own)
+        assert list(shard) == epoch_of(own, 0)
+        loader = DataLoader(TensorDataset(torch.arange(examples)), batch_sampler=ReferenceBatchSampler(examples, 4, 12))
+        prepared = accelerate.prepare_data_loader(loader, num_processes=2, process_index=index, put_on_device=False)
+        assert len(prepared) == len(own)
+        for epoch in (0, 1, 6, 2):  # as a loop with resuming calls it
+            prepared.set_epoch(epoch)
+            assert [batch[0].tolist() for batch in prepared] == epoch_of(own, epoch)
+
+
+def test_resumed_through_accelerate():
+    """set_epoch on the prepared loader keeps a start that is set on the sampler afterwards."""
+    accelerate = pytest.importorskip("accelerate.data_loader")
+    sampler = ReferenceBatchSampler(40, 4, 12, num_processes=2, process_index=1)
+    loader = DataLoader(TensorDataset(torch.arange(40)), batch_sampler=sampler)
+    prepared = accelerate.prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
+    prepared.set_epoch(3)
+    sampler.set_epoch(3, start=2)
+    expected = epoch_of(ReferenceBatchSampler(40, 4, 12, num_processes=2, process_index=1), 3)
+    assert next(iter(prepared))[0].tolist() in expected
+
+
+# ---- the collator
+
+IMAGES = images(6, 3, 4, 5)
+
+
+def rows_of(data=IMAGES, **columns):
+    return [{"images": x, **{key: values[i] for key, values in columns.items()}} for i, x in enumerate(data)]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("batch_size", [1, 4, 6])
+def test_collator_invariant(dtype, batch_size):
+    """reference_images are all examples in order, the first B of them the images; in their own dtype."""
+    data = (IMAGES * 100 + 100).to(dtype)
+    batch = ReferenceBatchCollator(batch_size)(rows_of(data, label=list(range(6)), name=list("abcdef")))
+    assert set(batch) == {"images", "reference_images", "labels", "reference_labels"}
+    assert torch.equal(batch["reference_images"], data) and batch["reference_images"].dtype == dtype
+    assert torch.equal(batch["images"], batch["reference_images"][:batch_size])
+    assert batch["reference_labels"].tolist() == list(range(6)) and batch["reference_labels"].dtype == torch.int64
+    assert torch.equal(batch["labels"], batch["reference_labels"][:batch_size])
+
+
+def test_collator_without_labels():
+    assert set(ReferenceBatchCollator(2)(rows_of())) == {"images", "reference_images"}
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[3, 1, 2, 0, -1, 1], torch.tensor([3, 1, 2, 0, -1, 1], dtype=torch.int32), list(torch.tensor([3, 1, 2, 0, -1, 1]))],
+    ids=["list", "int32", "list of tensors"],
+)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_collator_takes_a_mapping_of_columns(labels, stacked):
+    columns = {"pixels": IMAGES if stacked else list(IMAGES.numpy()), "class": labels, "id": list("abcdef")}
+    batch = ReferenceBatchCollator(2, image_key="pixels", label_key="class")(columns)
+    assert torch.equal(batch["reference_images"], IMAGES) and torch.equal(batch["images"], IMAGES[:2])
+    assert batch["reference_labels"].tolist() == [3, 1, 2, 0, -1, 1] and batch["labels"].dtype == torch.int64
+    by_rows = ReferenceBatchCollator(2)(rows_of(label=labels))
+    assert torch.equal(by_rows["reference_labels"], batch["reference_labels"])
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_collator_takes_rows_of_a_hub_data_set(form):
+    datasets = pytest.importorskip("datasets")
+    pixels = torch.randint(0, 256, (20, 1, 3, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    features = datasets.Features(
+        {"images": datasets.Array3D((1, 3, 4), "uint8"), "label": datasets.ClassLabel(num_classes=20)}
+    )
+    rows = {"images": list(pixels.numpy()), "label": list(range(20))}
+    data = datasets.Dataset.from_dict(rows, features=features).with_format(form)
+    loader = DataLoader(data, batch_sampler=ReferenceBatchSampler(20, 4, 10), collate_fn=ReferenceBatchCollator(4))
+    batches = list(loader)
+    assert len(batches) == 5
+    for batch, indices in zip(batches, epoch_of(ReferenceBatchSampler(20, 4, 10)), strict=True):
+        assert batch["reference_images"].dtype == torch.uint8
+        assert torch.equal(batch["reference_images"], pixels[indices]) and batch["labels"].tolist() == indices[:4]
+
+
+def pil_images():
+    image = pytest.importorskip("PIL.Image")
+    return [image.new("RGB", (4, 4)) for _ in range(4)]
+
+
+COLLATOR_ERRORS = {
+    "PIL": (lambda: rows_of(pil_images()), TypeError, "tensors or arrays; got .*Image.*torch.from_numpy"),
+    "shapes": (
+        lambda: rows_of([torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)]),
+        ValueError,
+        r"must have one shape; got \[\(3, 4, 4\), \(3, 4, 5\)\]. Resize and crop them first",
+    ),
+    "column": (
+        lambda: [{"img": x, "label": 0} for x in IMAGES],
+        ValueError,
+        r"no column 'images'; they have \['img', 'label'\]. Pass image_key=.*remove_unused_columns=False",
+    ),
+    "too few": (lambda: rows_of(IMAGES[:1]), ValueError, "at least batch_size = 2 examples; got 1.*drop_last=True"),
+    "none": (lambda: [], ValueError, "no column 'images'"),
+    "float labels": (lambda: rows_of(label=[0.5] * 6), TypeError, "one integer per example; got torch.float32.*label_key="),
+    "one-hot labels": (lambda: rows_of(label=[[0, 1]] * 6), TypeError, r"shape \(6, 2\). Pass label_key="),
+}
+
+
+@pytest.mark.parametrize("case", COLLATOR_ERRORS)
+def test_collator_errors(case):
+    make, error, message = COLLATOR_ERRORS[case]
+    with pytest.raises(error, match=message):
+        ReferenceBatchCollator(2)(make())
+
+
+def test_collator_batch_size():
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        ReferenceBatchCollator(0)
