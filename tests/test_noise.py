@@ -359,7 +359,7 @@ def test_schedulers_without_a_known_forward_process():
             TypeError, match=f"{name} has no forward process.*Use the scheduler that the training script"
         ):
             SchedulerProcess(getattr(diffusers, name)())
-    with pytest.raises(ValueError, match="does not grow with its timesteps.*Use the training counterpart"):
+    with pytest.raises(ValueError, match=r"does not grow with its timesteps.*Use the training counterpart"):
         SchedulerProcess(diffusers.KDPM2DiscreteScheduler())
 
 

@@ -1,11 +1,11 @@
 """The training objective: what is noised, what the target is, that it is unbiased, and that its variance falls."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
-from oracles import TABLE, images, normal, posterior, rows, worst
 
+from oracles import TABLE, images, normal, posterior, rows, worst
 from stf_diffusers import (
     EDM,
     VE,
@@ -69,7 +69,9 @@ def test_dsm_target(process, prediction_type):
     torch.testing.assert_close(batch.model_input.double(), scale * batch.noisy, rtol=1e-6, atol=1e-6)
     assert torch.equal(batch.timestep, process.timestep(batch.t))
     assert torch.equal(batch.posterior_mean, x0) and batch.effective_sample_size.tolist() == [1] * 6
-    assert all(v.dtype == torch.float32 for v in (batch.model_input, batch.target, batch.noisy, batch.alpha, batch.sigma))
+    assert all(
+        v.dtype == torch.float32 for v in (batch.model_input, batch.target, batch.noisy, batch.alpha, batch.sigma)
+    )
 
 
 @every_type
@@ -123,9 +125,7 @@ def test_target_is_what_a_ddpm_script_has():
             objective = STFTrainingObjective.from_scheduler(scheduler)
             assert torch.equal(objective.target(x0, noise, t), expected)
             low = t[:3]  # low noise: no other reference has any weight
-            assert torch.equal(
-                objective.target(x0[:3], noise[:3], low, reference=images(40, 3, 4, 8)), expected[:3]
-            )
+            assert torch.equal(objective.target(x0[:3], noise[:3], low, reference=images(40, 3, 4, 8)), expected[:3])
             batch = objective.perturb(x0, t=t, noise=noise)
             assert torch.equal(batch.noisy, scheduler.add_noise(x0, noise, t)) and torch.equal(batch.timestep, t)
             assert batch.timestep.dtype == torch.int64
@@ -450,7 +450,9 @@ def expectation(targets, weights):
 def test_target_is_exactly_unbiased(process, prediction_type):
     """E[target | x_t] = E[y | x_t] for n = 3, to rounding: Bertrand et al. 2025, Prop. 2."""
     for t in TIMES[type(process)]:
-        alpha, sigma, a, b = (c[0] for c in coefficients(process, prediction_type, torch.tensor([t], dtype=torch.float64)))
+        alpha, sigma, a, b = (
+            c[0] for c in coefficients(process, prediction_type, torch.tensor([t], dtype=torch.float64))
+        )
         for x_t in QUERIES:
             weights = full_posterior(x_t, alpha, sigma)
             mean = weights @ POINTS
@@ -466,7 +468,7 @@ def test_class_conditional_target_is_exactly_unbiased(process):
         alpha, sigma, *_ = (c[0] for c in coefficients(process, None, torch.tensor([t], dtype=torch.float64)))
         for x_t in QUERIES:
             for label in (0, 1):
-                members = POINT_CLASSES == label
+                members = label == POINT_CLASSES
                 weights = full_posterior(x_t, alpha, sigma, members)
                 targets = enumerate_targets(process, "sample", x_t, t, labels=POINT_CLASSES)
                 assert worst(expectation(targets, weights), weights @ POINTS) < 1e-12
@@ -474,7 +476,9 @@ def test_class_conditional_target_is_exactly_unbiased(process):
             targets = enumerate_targets(process, "sample", x_t, t, labels=torch.full((6,), -1))
             assert worst(expectation(targets, weights), weights @ POINTS) < 1e-12
             # Ignoring the classes would be a bias.
-            unmasked = expectation(enumerate_targets(process, "sample", x_t, t), full_posterior(x_t, alpha, sigma, members))
+            unmasked = expectation(
+                enumerate_targets(process, "sample", x_t, t), full_posterior(x_t, alpha, sigma, members)
+            )
             if t == TIMES[type(process)][1]:
                 assert worst(unmasked, full_posterior(x_t, alpha, sigma, members) @ POINTS) > 0.01
 
@@ -526,7 +530,7 @@ def test_variance_falls_with_every_reference(sigma, x_t):
     v_dsm = (weights @ (POINTS - exact).square().sum(1)).item()
     assert variances[0] == pytest.approx(v_dsm, rel=1e-12)
     assert variances[5] < 1e-24
-    assert all(later < 0.999 * earlier for earlier, later in zip(variances, variances[1:], strict=False)), variances
+    assert all(later < 0.999 * earlier for earlier, later in pairwise(variances)), variances
 
 
 # ---- Gaussian data, where everything has a closed form

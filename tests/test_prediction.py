@@ -34,7 +34,7 @@ def test_table_is_complete():
 
 
 def test_unknown_type_is_refused():
-    with pytest.raises(ValueError, match="must be one of epsilon, sample, .*got 'eps'"):
+    with pytest.raises(ValueError, match=r"must be one of epsilon, sample, .*got 'eps'"):
         prediction_coefficients("eps", torch.ones(1), torch.ones(1))
 
 

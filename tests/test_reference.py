@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from oracles import images
 from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
+from oracles import images
 from stf_diffusers import ReferenceBatchCollator, ReferenceBatchSampler
 
 SIZES = [(20, 4, 10), (20, 4, 4), (20, 4, 20), (23, 4, 10), (7, 7, 7), (5, 1, 1), (5, 1, 5), (1000, 16, 64)]
@@ -128,7 +128,8 @@ def test_processes_share_an_epoch(processes):
     """Disjoint sources that together are the single-process epoch, in its order, with the same others."""
     single = epoch_of(ReferenceBatchSampler(65, 4, 20), 2)
     shards = [
-        epoch_of(ReferenceBatchSampler(65, 4, 20, num_processes=processes, process_index=i), 2) for i in range(processes)
+        epoch_of(ReferenceBatchSampler(65, 4, 20, num_processes=processes, process_index=i), 2)
+        for i in range(processes)
     ]
     assert {len(shard) for shard in shards} == {65 // (4 * processes)}  # the same number of steps on all
     interleaved = [indices for step in zip(*shards, strict=True) for indices in step]
@@ -143,7 +144,11 @@ SAMPLER_ERRORS = {
     "more references than images": ((10, 4, 11), {}, "reference_batch_size 11 exceeds the 10 images.*Use at most 10"),
     "process index": ((10, 2, 4), dict(num_processes=2, process_index=2), r"process_index must lie in \[0, 2\); got 2"),
     "negative process index": ((10, 2, 4), dict(process_index=-1), r"process_index must lie in \[0, 1\); got -1"),
-    "no step for all": ((10, 4, 4), dict(num_processes=3), "3 processes times batch_size 4 exceeds the 10.*Lower batch"),
+    "no step for all": (
+        (10, 4, 4),
+        dict(num_processes=3),
+        "3 processes times batch_size 4 exceeds the 10.*Lower batch",
+    ),
 }
 
 
@@ -180,7 +185,9 @@ def test_sharded_by_accelerate(examples):
     accelerate = pytest.importorskip("accelerate.data_loader")
     for index in range(2):
         own = ReferenceBatchSampler(examples, 4, 12, num_processes=2, process_index=index)
-        shard = accelerate.BatchSamplerShard(ReferenceBatchSampler(examples, 4, 12), num_processes=2, process_index=index)
+        shard = accelerate.BatchSamplerShard(
+            ReferenceBatchSampler(examples, 4, 12), num_processes=2, process_index=index
+        )
         assert len(shard) == len(own)
         assert list(shard) == epoch_of(own, 0)
         loader = DataLoader(TensorDataset(torch.arange(examples)), batch_sampler=ReferenceBatchSampler(examples, 4, 12))
@@ -191,16 +198,29 @@ def test_sharded_by_accelerate(examples):
             assert [batch[0].tolist() for batch in prepared] == epoch_of(own, epoch)
 
 
-def test_resumed_through_accelerate():
-    """set_epoch on the prepared loader keeps a start that is set on the sampler afterwards."""
+def prepared_by_accelerate(sampler, **processes):
     accelerate = pytest.importorskip("accelerate.data_loader")
-    sampler = ReferenceBatchSampler(40, 4, 12, num_processes=2, process_index=1)
     loader = DataLoader(TensorDataset(torch.arange(40)), batch_sampler=sampler)
-    prepared = accelerate.prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
+    return accelerate, accelerate.prepare_data_loader(loader, put_on_device=False, **processes)
+
+
+def test_resumed_by_accelerate():
+    """skip_first_batches on a prepared loader enters the epoch where set_epoch(epoch, start) does."""
+    accelerate, prepared = prepared_by_accelerate(ReferenceBatchSampler(40, 4, 12), num_processes=2, process_index=1)
+    prepared.set_epoch(3)
+    own = ReferenceBatchSampler(40, 4, 12, num_processes=2, process_index=1)
+    resumed = accelerate.skip_first_batches(prepared, 2)
+    resumed.set_epoch(3)
+    assert [batch[0].tolist() for batch in resumed] == epoch_of(own, 3, start=2)
+
+
+@pytest.mark.xfail(strict=True, reason="a prepared loader calls set_epoch(epoch) again, which forgets the start")
+def test_start_is_kept_by_a_prepared_loader():
+    sampler = ReferenceBatchSampler(40, 4, 12)
+    _, prepared = prepared_by_accelerate(sampler, num_processes=1, process_index=0)
     prepared.set_epoch(3)
     sampler.set_epoch(3, start=2)
-    expected = epoch_of(ReferenceBatchSampler(40, 4, 12, num_processes=2, process_index=1), 3)
-    assert next(iter(prepared))[0].tolist() in expected
+    assert [batch[0].tolist() for batch in prepared] == epoch_of(ReferenceBatchSampler(40, 4, 12), 3, start=2)
 
 
 # ---- the collator
@@ -231,7 +251,11 @@ def test_collator_without_labels():
 
 @pytest.mark.parametrize(
     "labels",
-    [[3, 1, 2, 0, -1, 1], torch.tensor([3, 1, 2, 0, -1, 1], dtype=torch.int32), list(torch.tensor([3, 1, 2, 0, -1, 1]))],
+    [
+        [3, 1, 2, 0, -1, 1],
+        torch.tensor([3, 1, 2, 0, -1, 1], dtype=torch.int32),
+        list(torch.tensor([3, 1, 2, 0, -1, 1])),
+    ],
     ids=["list", "int32", "list of tensors"],
 )
 @pytest.mark.parametrize("stacked", [False, True])
@@ -244,21 +268,24 @@ def test_collator_takes_a_mapping_of_columns(labels, stacked):
     assert torch.equal(by_rows["reference_labels"], batch["reference_labels"])
 
 
-@pytest.mark.parametrize("form", ["torch", "numpy"])
+@pytest.mark.parametrize("form", ["torch", "transform"])
 def test_collator_takes_rows_of_a_hub_data_set(form):
-    datasets = pytest.importorskip("datasets")
-    pixels = torch.randint(0, 256, (20, 1, 3, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    features = datasets.Features(
-        {"images": datasets.Array3D((1, 3, 4), "uint8"), "label": datasets.ClassLabel(num_classes=20)}
-    )
-    rows = {"images": list(pixels.numpy()), "label": list(range(20))}
-    data = datasets.Dataset.from_dict(rows, features=features).with_format(form)
+    datasets, image = pytest.importorskip("datasets"), pytest.importorskip("PIL.Image")
+    pixels = torch.randint(0, 256, (20, 3, 4, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    features = datasets.Features({"images": datasets.Image(), "label": datasets.ClassLabel(num_classes=20)})
+    rows = {"images": [image.fromarray(x.permute(1, 2, 0).numpy()) for x in pixels], "label": list(range(20))}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    if form == "torch":
+        data, expected = data.with_format("torch"), pixels
+    else:
+        expected = pixels.float() / 127.5 - 1
+        data = data.with_transform(lambda batch: {**batch, "images": [expected[i] for i in batch["label"]]})
     loader = DataLoader(data, batch_sampler=ReferenceBatchSampler(20, 4, 10), collate_fn=ReferenceBatchCollator(4))
     batches = list(loader)
     assert len(batches) == 5
     for batch, indices in zip(batches, epoch_of(ReferenceBatchSampler(20, 4, 10)), strict=True):
-        assert batch["reference_images"].dtype == torch.uint8
-        assert torch.equal(batch["reference_images"], pixels[indices]) and batch["labels"].tolist() == indices[:4]
+        assert batch["reference_images"].dtype == expected.dtype
+        assert torch.equal(batch["reference_images"], expected[indices]) and batch["labels"].tolist() == indices[:4]
 
 
 def pil_images():
@@ -280,7 +307,11 @@ COLLATOR_ERRORS = {
     ),
     "too few": (lambda: rows_of(IMAGES[:1]), ValueError, "at least batch_size = 2 examples; got 1.*drop_last=True"),
     "none": (lambda: [], ValueError, "no column 'images'"),
-    "float labels": (lambda: rows_of(label=[0.5] * 6), TypeError, "one integer per example; got torch.float32.*label_key="),
+    "float labels": (
+        lambda: rows_of(label=[0.5] * 6),
+        TypeError,
+        "one integer per example; got torch.float32.*label_key=",
+    ),
     "one-hot labels": (lambda: rows_of(label=[[0, 1]] * 6), TypeError, r"shape \(6, 2\). Pass label_key="),
 }
 
