@@ -48,6 +48,10 @@ class NoiseProcess(ABC):
         """(batch_size,) times drawn from the process's training distribution, float32 unless said otherwise."""
 
     @abstractmethod
+    def time_of(self, ratio: Tensor) -> Tensor:
+        """The time at which sigma(t) / alpha(t) is `ratio`, (B,) positive."""
+
+    @abstractmethod
     def input_scale(self, t: Tensor) -> Tensor:
         """What x_t is multiplied by before the network sees it."""
 
@@ -99,6 +103,9 @@ class EDM(NoiseProcess):
     ) -> Tensor:
         return (self.p_mean + self.p_std * _rand(batch_size, generator, device, normal=True)).exp()
 
+    def time_of(self, ratio: Tensor) -> Tensor:
+        return ratio
+
     def input_scale(self, t: Tensor) -> Tensor:
         return edm_preconditioning(t, self.sigma_data).c_in
 
@@ -139,6 +146,9 @@ class VE(NoiseProcess):
     ) -> Tensor:
         span = math.log(self.sigma_max / self.sigma_min)
         return self.sigma_min * (span * _rand(batch_size, generator, device)).exp()
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        return ratio
 
     def input_scale(self, t: Tensor) -> Tensor:
         return (1 + t**2).rsqrt()
@@ -186,6 +196,11 @@ class VP(NoiseProcess):
     ) -> Tensor:
         return self.epsilon_t + (1 - self.epsilon_t) * _rand(batch_size, generator, device)
 
+    def time_of(self, ratio: Tensor) -> Tensor:
+        # The root of beta_d t^2 / 2 + beta_min t = log(1 + ratio^2), in the form that does not cancel at small t.
+        integral = torch.log1p(ratio**2)
+        return 2 * integral / ((self.beta_min**2 + 2 * self.beta_d * integral).sqrt() + self.beta_min)
+
     def input_scale(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
@@ -231,6 +246,9 @@ class FlowMatching(NoiseProcess):
             # rand() is 0 once in 2^24 draws, where there is no noise to predict.
             return _rand(batch_size, generator, device).clamp_(min=2**-25)
         return (self.logit_mean + self.logit_std * _rand(batch_size, generator, device, normal=True)).sigmoid()
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        return ratio / (1 + ratio)
 
     def input_scale(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -348,6 +366,12 @@ class SchedulerProcess(NoiseProcess):
         source = generator.device if generator is not None else device
         index = torch.randint(len(self._timesteps), (batch_size,), generator=generator, device=source)
         return self._timesteps.to(index.device)[index].to(device or source)
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        raise TypeError(
+            f"{self.scheduler_name} has noise levels at its training timesteps alone, and a solver needs those between. "
+            "Sample with a Diffusers scheduler, or describe the process as EDM, VE, VP or FlowMatching."
+        )
 
     def input_scale(self, t: Tensor) -> Tensor:
         sigma = self.sigma(t)
