@@ -106,6 +106,14 @@ def sampling_scheduler(
     return scheduler
 
 
+def stock_pipeline_class(unet: UNet2DModel, process: NoiseProcess) -> type[ConsistencyModelPipeline | DDPMPipeline]:
+    """`DDPMPipeline` where it can serve (VE and VP without classes), else `ConsistencyModelPipeline`: the one pipeline
+    of Diffusers that scales the network's input as EDM schedulers need and takes class labels.
+    """
+    conditional = unet.config["num_class_embeds"] is not None
+    return ConsistencyModelPipeline if conditional or isinstance(process, EDM) else DDPMPipeline
+
+
 def diffusers_pipeline(
     unet: UNet2DModel,
     process: NoiseProcess,
@@ -116,9 +124,8 @@ def diffusers_pipeline(
 ) -> ConsistencyModelPipeline | DDPMPipeline:
     """A network trained on `process` as a pipeline of Diffusers' own classes.
 
-    `DDPMPipeline` where it can serve (VE and VP without classes), else `ConsistencyModelPipeline`: the one pipeline
-    that scales the network's input as EDM schedulers need and takes class labels. Its default is a single step, which
-    is too few: always pass `num_inference_steps`.
+    The class is that of `stock_pipeline_class`. `ConsistencyModelPipeline` takes a single step by default, which is
+    too few: always pass `num_inference_steps`.
 
     Args:
         unet: the network. It is used as it is, not copied.
@@ -127,9 +134,7 @@ def diffusers_pipeline(
     """
     scheduler = sampling_scheduler(process, sigma_min, sigma_max)
     scheduler.register_to_config(**{METADATA_KEY: {**(metadata or {}), "process": process_to_config(process)}})
-    conditional = unet.config["num_class_embeds"] is not None
-    pipeline_class = ConsistencyModelPipeline if conditional or isinstance(process, EDM) else DDPMPipeline
-    return pipeline_class(unet=unet, scheduler=scheduler)
+    return stock_pipeline_class(unet, process)(unet=unet, scheduler=scheduler)
 
 
 def read_metadata(

@@ -286,7 +286,7 @@ class SchedulerProcess(NoiseProcess):
         self.prediction_type = config.get("prediction_type", "epsilon")
         self.sigma_data: float = config.get("sigma_data", 0.5)
         if hasattr(fresh, "alphas_cumprod") and fresh.init_noise_sigma == 1:
-            self._family = "vp"
+            self.family = "vp"
             cumulative = torch.as_tensor(scheduler.alphas_cumprod).to("cpu", torch.float32)
             # The scheduler's own expressions, so that alpha and sigma agree with its add_noise to the last bit.
             alphas, sigmas = cumulative**0.5, (1 - cumulative) ** 0.5
@@ -296,23 +296,23 @@ class SchedulerProcess(NoiseProcess):
             sigmas = torch.as_tensor(fresh.sigmas)[: len(timesteps)].to(torch.float32)
             alphas = torch.ones_like(sigmas)
             if hasattr(fresh, "scale_noise"):
-                self._family, self.prediction_type, alphas = "flow", "flow_prediction", 1.0 - sigmas
+                self.family, self.prediction_type, alphas = "flow", "flow_prediction", 1.0 - sigmas
             elif hasattr(fresh, "precondition_outputs"):
-                self._family = "edm"
+                self.family = "edm"
             elif hasattr(fresh, "alphas_cumprod"):
-                self._family = "sigma"
+                self.family = "sigma"
             else:
-                self._family = ""
+                self.family = ""
         else:
-            self._family = ""
-        if not self._family:
+            self.family = ""
+        if not self.family:
             raise TypeError(
                 f"{self.scheduler_name} has no forward process that SchedulerProcess knows. Use the scheduler that the "
                 "training script calls add_noise on, for instance DDPMScheduler.from_config(scheduler.config)."
             )
-        if self._family in ("vp", "sigma"):
+        if self.family in ("vp", "sigma"):
             prediction_coefficients(self.prediction_type, alphas, sigmas)  # an unknown type is an error here
-        elif self._family == "edm" and self.prediction_type not in ("epsilon", "v_prediction"):
+        elif self.family == "edm" and self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
                 f"{self.scheduler_name} preconditions 'epsilon' or 'v_prediction'; got {self.prediction_type!r}."
             )
@@ -375,20 +375,20 @@ class SchedulerProcess(NoiseProcess):
 
     def input_scale(self, t: Tensor) -> Tensor:
         sigma = self.sigma(t)
-        if self._family == "edm":
+        if self.family == "edm":
             return edm_preconditioning(sigma, self.sigma_data).c_in
-        return (1 + sigma**2).rsqrt() if self._family == "sigma" else torch.ones_like(sigma)
+        return (1 + sigma**2).rsqrt() if self.family == "sigma" else torch.ones_like(sigma)
 
     def timestep(self, t: Tensor) -> Tensor:
         return t
 
     def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.alpha(t).to(torch.float64), self.sigma(t).to(torch.float64)
-        if self._family == "edm":
+        if self.family == "edm":
             a, b = raw_output_coefficients(edm_preconditioning(sigma, self.sigma_data), sigma)
             # Diffusers' EDM schedulers flip the sign of c_out for v_prediction.
             return (-a, -b) if self.prediction_type == "v_prediction" else (a, b)
-        if self._family == "sigma" and self.prediction_type == "v_prediction":
+        if self.family == "sigma" and self.prediction_type == "v_prediction":
             # The velocity belongs to the unit-variance sample that the network sees, x_t / sqrt(1 + sigma^2).
             scale = (1 + sigma**2).rsqrt()
             alpha, sigma = scale * alpha, scale * sigma

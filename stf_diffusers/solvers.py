@@ -164,6 +164,7 @@ def sample_ode(
     churn: Churn | None = None,
     generator: Generators = None,
     step_noise: Tensor | None = None,
+    on_step_end: Callable[[int, Tensor], Tensor | None] | None = None,
 ) -> Tensor:
     """Fixed-step samples: Karras et al. 2022, Algorithm 1, and with `churn` Algorithm 2, on any of Table 1's rows.
 
@@ -179,6 +180,8 @@ def sample_ode(
         generator: source of that noise: one generator, or a sequence with one for each image. Drawn from only at steps
             that add noise.
         step_noise: (N, B, ...) standard normal noise to use instead, one slice for each step.
+        on_step_end: called after step i with (i, state): the state is (B, ...) float64, in the discretisation's scale.
+            A tensor that it returns is the state from there on.
 
     Returns:
         (B, ...) float64 images, at zero noise.
@@ -217,6 +220,9 @@ def sample_ode(
         if end_weight and sigma(t_next) > 0:
             x_next = x + step * (start_weight * first + end_weight * slope(x_next, t_next))
         x = x_next
+        if on_step_end is not None:
+            replaced = on_step_end(i, x)
+            x = x if replaced is None else replaced.to(x)
     return x / scale(discretization.times[-1])
 
 

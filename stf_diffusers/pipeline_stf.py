@@ -1,0 +1,227 @@
+"""`STFPipeline`: the folder that plain Diffusers loads, sampled with the solvers that Diffusers lacks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .denoising import network_denoiser
+from .export import EDM_SAMPLING_RANGE, METADATA_KEY, process_from_config, stock_pipeline_class
+from .noise import EDM, VE, VP, SchedulerProcess
+from .solvers import Discretization, sample_ode, sample_rk45
+
+Solver = Literal["heun", "euler", "rk45", "scheduler"]
+
+# VP networks have seen next to no times below this one: Song et al. 2021 (arXiv 2011.13456), appendix C.
+_VP_LAST_TIME = 1e-3
+
+
+@dataclass
+class STFPipelineOutput(BaseOutput):
+    """`images`: a list of PIL images, (B, H, W, C) in [0, 1], or (B, C, H, W) in [0, 1]; `num_evaluations` of the network."""
+
+    images: Any
+    num_evaluations: int
+
+
+class STFPipeline(DiffusionPipeline):
+    """Samples of an image diffusion model trained on EDM, VE or VP.
+
+    Reads the folders that the training script saves, and those of other EDM models of Diffusers:
+    ``STFPipeline.from_pretrained(folder)``. What it saves is again a folder of Diffusers' own classes.
+
+    Args:
+        unet: the network.
+        scheduler: the Diffusers scheduler saved with it. Its config says what the network was trained on.
+
+    Raises:
+        ValueError: the scheduler does not say what the network was trained on, or belongs to another process.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.process = process_of(scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 18,
+        class_labels: Tensor | Sequence[int] | int | None = None,
+        guidance_scale: float = 1.0,
+        solver: Solver = "heun",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: Literal["pil", "np", "pt"] = "pil",
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None] | None = None,
+        return_dict: bool = True,
+        *,
+        tolerance: float = 1e-5,
+    ) -> STFPipelineOutput | tuple[Any]:
+        """Sample images.
+
+        Args:
+            batch_size: B.
+            num_inference_steps: N. "heun" evaluates the network 2N - 1 times, "euler" and "scheduler" N times; "rk45"
+                chooses its steps itself.
+            class_labels: for a class-conditional network, one label for each image or one for all.
+            guidance_scale: of classifier-free guidance (1: none); the network must know a dropped condition.
+            solver: of the probability-flow ODE: "heun" or "euler" on Karras et al. 2022's steps (eq. 5), "rk45" adaptive
+                (needs scipy), or "scheduler", the saved Diffusers scheduler's own.
+            generator: one generator, or a list with one for each image: then image k is a function of generator k
+                alone, whatever the batch.
+            latents: (B, C, H, W) standard normal, instead of draws.
+            output_type: "pil" (1, 3 or 4 channels), "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1].
+            callback_on_step_end: as elsewhere in Diffusers, ``callback(pipeline, step, noise_level, {"latents": x})``
+                with x = x0 + noise_level * noise, which may return a replacement. Not with "rk45".
+            return_dict: False: a tuple (images,).
+            tolerance: relative and absolute, for "rk45".
+
+        Raises:
+            ValueError: arguments that do not fit the network or each other.
+        """
+        config = self.unet.config
+        size = config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, config["in_channels"], height, width)
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type must be 'pil', 'np' or 'pt'; got {output_type!r}.")
+        if output_type == "pil" and shape[1] not in (1, 3, 4):
+            raise ValueError(f"PIL has no images of {shape[1]} channels: pass output_type='np' or 'pt'.")
+        if callback_on_step_end is not None and solver in ("rk45", "scheduler"):
+            raise ValueError(f"callback_on_step_end needs solver='heun' or 'euler'; got {solver!r}.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for {batch_size} images: pass one, or one for each image.")
+        if solver == "scheduler" and guidance_scale != 1:
+            raise ValueError("solver='scheduler' has no guidance: pass guidance_scale=1.0, or another solver.")
+        device = self._execution_device
+        labels = self._labels(class_labels, batch_size, device)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}; got {tuple(latents.shape)}.")
+        latents = latents.to(device, torch.float64)
+        denoise = network_denoiser(
+            self.unet,
+            self.process,
+            class_labels=labels,
+            guidance_scale=guidance_scale,
+            null_label=self.scheduler.config.get(METADATA_KEY, {}).get("null_label"),
+        )
+        sigma_min, sigma_max = self._sigma_range()
+        if solver in ("heun", "euler"):
+            discretization = Discretization.edm(num_inference_steps, sigma_min, sigma_max)
+            with self.progress_bar(total=num_inference_steps) as progress:
+
+                def on_step_end(step: int, x: Tensor) -> Tensor | None:
+                    progress.update()
+                    if callback_on_step_end is None:
+                        return None
+                    level = discretization.times[step + 1]
+                    return (callback_on_step_end(self, step, level, {"latents": x}) or {}).get("latents")
+
+                images = sample_ode(denoise, latents, discretization, method=solver, on_step_end=on_step_end)
+            evaluations = 2 * num_inference_steps - 1 if solver == "heun" else num_inference_steps
+        elif solver == "rk45":
+            images, evaluations = sample_rk45(
+                denoise, latents, sigma_min=sigma_min, sigma_max=sigma_max, rtol=tolerance, atol=tolerance
+            )
+        elif solver == "scheduler":
+            images, evaluations = self._scheduler_samples(latents, num_inference_steps, labels, generator)
+        else:
+            raise ValueError(f"solver must be 'heun', 'euler', 'rk45' or 'scheduler'; got {solver!r}.")
+        self.maybe_free_model_hooks()
+        pictures = (images / 2 + 0.5).clamp(0, 1)
+        result: Any = pictures
+        if output_type != "pt":
+            result = pictures.permute(0, 2, 3, 1).cpu().numpy()
+            if output_type == "pil":
+                result = self.numpy_to_pil(result)
+        return STFPipelineOutput(images=result, num_evaluations=evaluations) if return_dict else (result,)
+
+    def _labels(self, class_labels: Any, batch_size: int, device: torch.device) -> Tensor | None:
+        classes = self.unet.config["num_class_embeds"]
+        if classes is None:
+            if class_labels is not None:
+                raise ValueError("the network is unconditional: leave class_labels out.")
+            return None
+        if class_labels is None:
+            raise ValueError(f"the network is class-conditional: pass class_labels, integers from 0 to {classes - 1}.")
+        labels = torch.as_tensor(class_labels, dtype=torch.int64, device=device).reshape(-1)
+        labels = labels.expand(batch_size) if len(labels) == 1 else labels
+        if len(labels) != batch_size or not bool(((labels >= 0) & (labels < classes)).all()):
+            raise ValueError(
+                f"class_labels must be {batch_size} integers from 0 to {classes - 1}, or one for all; got {class_labels}."
+            )
+        return labels
+
+    def _sigma_range(self) -> tuple[float, float]:
+        if isinstance(self.process, EDM):
+            config = self.scheduler.config
+            return config.get("sigma_min", EDM_SAMPLING_RANGE[0]), config.get("sigma_max", EDM_SAMPLING_RANGE[1])
+        if isinstance(self.process, VE):
+            return self.process.sigma_min, self.process.sigma_max
+        t = torch.tensor([_VP_LAST_TIME, 1.0], dtype=torch.float64)
+        low, high = (self.process.sigma(t) / self.process.alpha(t)).tolist()
+        return low, high
+
+    def _scheduler_samples(
+        self, latents: Tensor, num_steps: int, labels: Tensor | None, generator: Any
+    ) -> tuple[Tensor, int]:
+        """The loop of Diffusers, with what some of its pipelines leave out: initial scale and input scaling."""
+        self.scheduler.set_timesteps(num_steps)
+        x = latents.to(self.unet.dtype) * self.scheduler.init_noise_sigma
+        for t in self.progress_bar(self.scheduler.timesteps):
+            output = self.unet(self.scheduler.scale_model_input(x, t), t, labels).sample
+            x = self.scheduler.step(output, t, x, generator=generator).prev_sample
+        return x, num_steps
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save as a pipeline of Diffusers' own classes, which plain Diffusers loads."""
+        stock = stock_pipeline_class(self.unet, self.process)(unet=self.unet, scheduler=self.scheduler)
+        stock.save_pretrained(save_directory, **kwargs)
+
+
+def process_of(scheduler: Any) -> EDM | VE | VP:
+    """What the network beside `scheduler` was trained on, by the scheduler's config.
+
+    Raises:
+        ValueError: the config does not say, or the scheduler's noise levels are not those of the process.
+    """
+    metadata = scheduler.config.get(METADATA_KEY)
+    table = SchedulerProcess(scheduler)
+    if metadata is None:
+        if table.family == "edm" and table.prediction_type == "epsilon":
+            return EDM(sigma_data=table.sigma_data)
+        raise ValueError(
+            f"the config of this {type(scheduler).__name__} does not say which noise process the network was trained on. "
+            "Load the folder that the training saved, with the scheduler in it, or sample in plain Diffusers."
+        )
+    process = process_from_config(metadata["process"])
+    if isinstance(process, EDM):
+        fits = table.family == "edm" and table.sigma_data == process.sigma_data and table.prediction_type == "epsilon"
+    else:
+        index = torch.arange(len(table.timesteps), dtype=torch.float64)
+        t = (index + 1) / 1000
+        if isinstance(process, VE):
+            t = process.sigma_min * (process.sigma_max / process.sigma_min) ** (index / 999)
+        ratio = table.sigma(table.timesteps).double() / table.alpha(table.timesteps).double()
+        wanted = process.sigma(t) / process.alpha(t)
+        fits = table.family == "vp" and len(index) == 1000 and bool(((ratio / wanted - 1).abs() < 0.01).all())
+    if not fits:
+        raise ValueError(
+            f"{type(scheduler).__name__} does not follow {process}, which the network was trained on, and would give "
+            "garbage. Keep the scheduler that was saved, or make one with stf_diffusers.export.sampling_scheduler."
+        )
+    return process
