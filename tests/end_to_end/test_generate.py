@@ -1,0 +1,67 @@
+"""`examples/generate.py`: restartable, independent of batches and processes."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import generate
+from conftest import EXAMPLES, ROOT
+from stf_diffusers.export import diffusers_pipeline, save_pipeline
+from test_export import PROCESSES, small_unet
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_pipeline(diffusers_pipeline(small_unet(3, classes=3), PROCESSES["edm"]), folder)
+    return folder
+
+
+def run(model, folder, *more):
+    base = ["--model", model, "--output_dir", folder, "--num_images", 7, "--num_inference_steps", 3]
+    return [str(flag) for flag in (*base, *more)]
+
+
+def pixels(folder, count=7):
+    return np.stack([np.asarray(Image.open(generate.image_path(folder, index))) for index in range(count)])
+
+
+def test_images_do_not_depend_on_batches_processes_or_interruptions(model, tmp_path):
+    generate.main(run(model, tmp_path / "one", "--batch_size", 7, "--npz"))
+    expected = pixels(tmp_path / "one")
+    packed = np.load(tmp_path / "one" / "samples.npz")
+    assert np.array_equal(packed["images"], expected) and packed["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert Image.open(tmp_path / "one" / "grid.png").size == (8, 8)
+
+    generate.main(run(model, tmp_path / "two", "--batch_size", 2))
+    # One level of 255: a float32 network's rounding depends on the batch.
+    assert np.abs(pixels(tmp_path / "two").astype(int) - expected).max() <= 1
+    gone = [generate.image_path(tmp_path / "two", index) for index in (1, 5)]
+    kept = generate.image_path(tmp_path / "two", 0).stat().st_mtime_ns
+    for path in gone:
+        path.unlink()
+    generate.main(run(model, tmp_path / "two"))
+    assert np.abs(pixels(tmp_path / "two").astype(int) - expected).max() <= 1
+    assert generate.image_path(tmp_path / "two", 0).stat().st_mtime_ns == kept, "finished images are not redone"
+
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launcher += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher += ["--main_process_port", str(30500 + os.getpid() % 1000), str(EXAMPLES / "generate.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launcher, *run(model, tmp_path / "three")], env=environment, cwd=ROOT, check=True, timeout=240)
+    assert np.abs(pixels(tmp_path / "three").astype(int) - expected).max() <= 1
+
+
+def test_other_settings_are_refused(model, tmp_path):
+    generate.main(run(model, tmp_path, "--num_images", 1))
+    with pytest.raises(ValueError, match=r"solver \(heun there, euler now\)"):
+        generate.main(run(model, tmp_path, "--solver", "euler"))
+    with pytest.raises(ValueError, match="knows 3 classes"):
+        generate.main(run(model, tmp_path / "other", "--class_label", 3))
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(SystemExit):
+        generate.main(run(model, tmp_path / "other", "--num_images", 0))
