@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--solver", choices=["heun", "euler", "rk45", "scheduler"], default="heun")
     parser.add_argument("--class_label", type=int, help="One class. Default for conditional models: all in turn.")
     parser.add_argument("--guidance_scale", type=float, default=1.0)
-    parser.add_argument("--npz", action="store_true", help="Pack the images into samples.npz, and labels with them.")
+    parser.add_argument("--npz", action="store_true", help="Pack `images` (N, H, W, C) and `labels` into samples.npz.")
     args = parser.parse_args(argv)
     for name in ("num_images", "batch_size", "num_inference_steps"):
         if getattr(args, name) < 1:
@@ -119,11 +119,9 @@ def main(argv: list[str] | None = None) -> None:
         make_image_grid(shown, columns, columns).save(args.output_dir / "grid.png")
         if args.npz:
             arrays = [np.asarray(Image.open(image_path(args.output_dir, index))) for index in range(args.num_images)]
-            images_array = np.stack(arrays).reshape(args.num_images, *arrays[0].shape[:2], -1)
-            columns_to_save = {"images": images_array}
-            if classes is not None:
-                columns_to_save["labels"] = np.array([label(index) for index in range(args.num_images)])
-            np.savez(args.output_dir / ".partial.npz", **columns_to_save)
+            packed = np.stack(arrays).reshape(args.num_images, *arrays[0].shape[:2], -1)
+            labels = np.array([label(index) for index in range(args.num_images)])
+            np.savez(args.output_dir / ".partial.npz", images=packed, labels=labels)
             os.replace(args.output_dir / ".partial.npz", args.output_dir / "samples.npz")
 
 
