@@ -1,11 +1,17 @@
 """Train diffusion models on low-variance targets with Hugging Face Diffusers: the Stable Target Field."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .denoising import network_denoiser
 from .noise import EDM, VE, VP, FlowMatching, NoiseProcess, SchedulerProcess
 from .objective import PerturbedBatch, STFTrainingObjective
 from .posterior import PosteriorMean, posterior_mean
 from .reference import ReferenceBatchCollator, ReferenceBatchSampler
 from .solvers import Churn, Discretization, log_likelihood, sample_ode, sample_rk45
+
+if TYPE_CHECKING:
+    from .scheduling_edm_heun import EDMHeunScheduler
 
 __version__ = "0.1.0"
 
@@ -15,6 +21,7 @@ __all__ = [
     "VP",
     "Churn",
     "Discretization",
+    "EDMHeunScheduler",
     "FlowMatching",
     "NoiseProcess",
     "PerturbedBatch",
@@ -29,3 +36,12 @@ __all__ = [
     "sample_ode",
     "sample_rk45",
 ]
+
+# What needs Diffusers is imported at first use: importing the package needs torch alone.
+_MODULE_OF = {"EDMHeunScheduler": "scheduling_edm_heun"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
