@@ -12,6 +12,7 @@ from .solvers import Churn, Discretization, log_likelihood, sample_ode, sample_r
 
 if TYPE_CHECKING:
     from .pipeline_stf import STFPipeline
+    from .scheduling_edm_heun import EDMHeunScheduler
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "VP",
     "Churn",
     "Discretization",
+    "EDMHeunScheduler",
     "FlowMatching",
     "NoiseProcess",
     "PerturbedBatch",
@@ -37,11 +39,11 @@ __all__ = [
     "sample_rk45",
 ]
 
-# What needs Diffusers: `import stf_diffusers` itself needs torch alone.
-_LAZY = {"STFPipeline": "pipeline_stf"}
+# What needs Diffusers is imported at first use: importing the package needs torch alone.
+_MODULE_OF = {"EDMHeunScheduler": "scheduling_edm_heun", "STFPipeline": "pipeline_stf"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

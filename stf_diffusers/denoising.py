@@ -63,7 +63,7 @@ def network_denoiser(
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         if class_labels is not None and len(class_labels) != len(x):
             raise ValueError(f"{len(class_labels)} class_labels for {len(x)} images: pass one label for each image.")
-        t = process.time_of(torch.as_tensor(sigma).to(x).expand(len(x)))
+        t = process.time_of(torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x)))
         noisy = expand_as_rows(process.alpha(t), x) * x
         model_input = (expand_as_rows(process.input_scale(t), x) * noisy).to(dtype)
         # Timesteps stay in float32 for a half-precision network, as in training.

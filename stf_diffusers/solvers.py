@@ -287,7 +287,11 @@ def _rk45(
     from scipy.integrate import RK45
 
     def function(t: float, y: Any) -> Any:
-        return slope(float(t), torch.from_numpy(y)).detach().cpu().numpy()
+        value = slope(float(t), torch.from_numpy(y)).detach().cpu()
+        # scipy would look for a step size for ever.
+        if not bool(value.isfinite().all()):
+            raise RuntimeError(f"the denoiser gave values that are not finite at sigma = {math.tan(t):.6g}.")
+        return value.numpy()
 
     # The class behind scipy.integrate.solve_ivp: that function keeps the state of every step.
     solver = RK45(function, start, initial.cpu().numpy(), stop, rtol=rtol, atol=atol)

@@ -22,6 +22,7 @@ LAYERS = [
     {"diagnostics"},
     {"plotting"},
     {"export", "scheduling_*"},
+    {"sde"},
     {"model_card", "pipeline_*"},
 ]
 TORCH_ALONE = (

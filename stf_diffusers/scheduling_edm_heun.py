@@ -1,0 +1,254 @@
+"""The stochastic Heun sampler of Karras et al. 2022 (arXiv 2206.00364, Algorithm 2) as a Diffusers scheduler."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+# Diffusers' loaders look for the name SchedulerMixin in a scheduler's module.
+from diffusers.schedulers.scheduling_edm_euler import EDMEulerSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .noise import expand_as_rows
+from .prediction import edm_preconditioning
+from .solvers import Churn, check_generators, karras_sigmas
+
+
+def _precision(device: torch.device | str | None) -> torch.dtype:
+    # Apple's devices have no float64.
+    return torch.float32 if device is not None and torch.device(device).type == "mps" else torch.float64
+
+
+def _float64(sigma: float | Tensor) -> Tensor:
+    # torch would make a number float32.
+    return sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64)
+
+
+class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
+    """Heun's method with churn for networks in EDM preconditioning, for any loop that `EDMEulerScheduler` serves.
+
+    N steps are 2N - 1 evaluations of the network, so ``set_timesteps(N)`` gives 2N - 1 timesteps: at even positions a
+    step starts (a prediction), at odd ones it is corrected, and the last step, to zero noise, is not corrected. Churn
+    noise is drawn from the generator passed to `step`, at the end of the step before the one it belongs to, so that it
+    is there when the network is called next. Before the very first evaluation no generator is at hand: there the noise
+    of Algorithm 2 is folded into the latents, which are scaled to the standard deviation that they would have had with
+    it. For normal latents that is the same law. (With Karras et al.'s s_max of 50 and sigma_max of 80 there is none.)
+
+    Sampling starts from ``latents * init_noise_sigma``, which is ``latents * sigmas[0]``. The state between calls is
+    kept in float64; the network and the samples returned have the dtype of the sample passed in. A sample that is
+    changed between two steps (inpainting, say) continues as changed; between a step's two evaluations a change affects
+    the second slope alone.
+
+    Args:
+        sigma_min, sigma_max: extremes of the noise level when sampling.
+        sigma_data: standard deviation of the data, of the network's preconditioning.
+        sigma_schedule: "karras" (eq. 5) or "exponential" (geometric progression).
+        num_train_timesteps: length of the tables `timesteps` and `sigmas` before `set_timesteps`.
+        prediction_type: "epsilon" for EDM's own preconditioning; "v_prediction" flips the sign of the output, as in
+            `EDMEulerScheduler`.
+        rho: exponent of the Karras schedule.
+        final_sigmas_type: only "zero": the sampler ends without noise.
+        s_churn, s_min, s_max, s_noise: the noise added before each step, as in `Churn`. s_max=None: no upper limit.
+
+    Raises:
+        ValueError: an unknown option, or extremes or churn parameters out of order.
+    """
+
+    _compatibles: ClassVar = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
+    order = 2
+
+    @register_to_config
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        sigma_schedule: str = "karras",
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        rho: float = 7.0,
+        final_sigmas_type: str = "zero",
+        s_churn: float = 0.0,
+        s_min: float = 0.0,
+        s_max: float | None = None,
+        s_noise: float = 1.0,
+    ) -> None:
+        for name, value, known in (
+            ("sigma_schedule", sigma_schedule, ("karras", "exponential")),
+            ("prediction_type", prediction_type, ("epsilon", "v_prediction")),
+            # "sigma_min" would leave noise in the images.
+            ("final_sigmas_type", final_sigmas_type, ("zero",)),
+        ):
+            if value not in known:
+                raise ValueError(f"EDMHeunScheduler has {name} {' or '.join(map(repr, known))}; got {value!r}.")
+        if s_max == math.inf:
+            self.register_to_config(s_max=None)  # JSON has no infinity
+        self.churn = Churn(s_churn, s_min, math.inf if s_max is None else s_max, s_noise)
+        # Until set_timesteps is called: the noise levels of training, as Diffusers' EDM schedulers have them.
+        self.sigmas = torch.cat([self._noise_levels(num_train_timesteps + 1), torch.zeros(1, dtype=torch.float64)])
+        self.timesteps = self.precondition_noise(self.sigmas[:-1])
+        self.num_inference_steps: int | None = None
+        self._begin_index: int | None = None
+        self._step_index: int | None = None
+
+    def _noise_levels(self, num_steps: int) -> Tensor:
+        config = self.config
+        if config.sigma_schedule == "karras":
+            return karras_sigmas(num_steps, config.sigma_min, config.sigma_max, config.rho)
+        # The limit of Karras et al.'s eq. 5 for large rho.
+        ends = math.log(config.sigma_max), math.log(config.sigma_min)
+        return torch.linspace(*ends, num_steps, dtype=torch.float64).exp()
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What standard normal latents are multiplied by: sigma_max."""
+        return self.config.sigma_max
+
+    @property
+    def step_index(self) -> int | None:
+        """The position in `timesteps` of the next evaluation; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The position to start at, where `set_begin_index` gave one."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this position of `timesteps`, an even one; without it the position is found from the timestep."""
+        self._begin_index = begin_index
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Prepare to sample in N = `num_inference_steps` steps.
+
+        Sets `timesteps` (2N - 1,), ln(sigma) / 4 at each evaluation, and `sigmas` (2N,), the noise level of the sample
+        that goes into each evaluation, and 0. The two agree but at the first position, where `sigmas` has sigma_max and
+        `timesteps` the level after churn.
+        """
+        levels = self._noise_levels(num_inference_steps).tolist()
+        evaluations = []
+        for level in levels:
+            evaluations += [level, (1 + self.churn.gamma(level, num_inference_steps)) * level]
+        # The level before churn is where the step before is corrected; before the first step there is none.
+        self._levels = evaluations[1:]
+        self._fold = math.hypot(1.0, self._added_noise(levels[0], self._levels[0]) / levels[0])
+        self.sigmas = torch.tensor([levels[0], *self._levels[1:], 0.0], dtype=torch.float64)
+        self.timesteps = self.precondition_noise(torch.tensor(self._levels, dtype=torch.float64))
+        self.timesteps = self.timesteps.to(device=device, dtype=_precision(device))
+        self.num_inference_steps = num_inference_steps
+        self._begin_index = self._step_index = None
+        self._rounding: Tensor | float = 0.0
+
+    def _added_noise(self, level: float, raised: float) -> float:
+        return self.churn.s_noise * math.sqrt(raised**2 - level**2)
+
+    def precondition_inputs(self, sample: Tensor, sigma: float | Tensor) -> Tensor:
+        """``c_in x`` (Karras et al. 2022, Table 1)."""
+        return edm_preconditioning(_float64(sigma), self.config.sigma_data).c_in * sample
+
+    def precondition_noise(self, sigma: float | Tensor) -> Tensor:
+        """``ln(sigma) / 4``: the timestep of a noise level."""
+        return edm_preconditioning(_float64(sigma), self.config.sigma_data).c_noise
+
+    def precondition_outputs(self, sample: Tensor, model_output: Tensor, sigma: float | Tensor) -> Tensor:
+        """``D = c_skip x + c_out F`` for the network's output F."""
+        c_skip, c_out, _, _ = edm_preconditioning(_float64(sigma), self.config.sigma_data)
+        sign = -1 if self.config.prediction_type == "v_prediction" else 1
+        return c_skip * sample + sign * c_out * model_output
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """``x0 + sigma noise`` for x0, noise (B, ...) and timesteps (B,) or (1,), ln(sigma) / 4."""
+        sigma = (4 * timesteps.to(original_samples.device)).exp().to(original_samples.dtype)
+        return original_samples + expand_as_rows(sigma, original_samples) * noise
+
+    def _current_index(self, timestep: float | Tensor) -> int:
+        """The position in `timesteps` of this evaluation, found from `timestep` when sampling starts."""
+        if self.num_inference_steps is None:
+            raise ValueError("the number of steps is not set: call set_timesteps(num_inference_steps) before sampling.")
+        if self._step_index is None:
+            self._step_index = self._start_index(timestep) if self._begin_index is None else self._begin_index
+            if self._step_index % 2:
+                raise ValueError(f"position {self._step_index} corrects a step: start at an even one.")
+        if self._step_index >= len(self._levels):
+            raise ValueError("sampling has ended: call set_timesteps(num_inference_steps) before sampling again.")
+        return self._step_index
+
+    def _start_index(self, timestep: float | Tensor) -> int:
+        timestep = torch.as_tensor(timestep)
+        if not timestep.is_floating_point():
+            raise ValueError(f"timestep must be one of scheduler.timesteps, not an index; got {timestep.item()}.")
+        # Every other timestep starts a step. Without churn its neighbour, where the step before is corrected, is equal.
+        starts = (self.timesteps[::2] == timestep.to(self.timesteps)).nonzero()
+        if not len(starts):
+            raise ValueError(f"no step starts at timestep {timestep.item():.6g}: use one of scheduler.timesteps[::2].")
+        return 2 * int(starts[0])
+
+    def _state(self, sample: Tensor, index: int) -> Tensor:
+        """`sample` in float64, with what was lost when it was rounded to the caller's dtype."""
+        state = sample.to(_precision(sample.device)) + self._rounding
+        return self._fold * state if index == 0 else state
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """What the network sees of `sample` at `timestep`: ``c_in x``, in the sample's dtype."""
+        index = self._current_index(timestep)
+        return self.precondition_inputs(self._state(sample, index), self._levels[index]).to(sample.dtype)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> EDMEulerSchedulerOutput | tuple[Tensor, Tensor]:
+        """One evaluation's part of a step: its prediction or its correction, and the churn of the step that follows.
+
+        Args:
+            model_output: (B, ...) raw output F of the network for ``scale_model_input(sample, timestep)``.
+            timestep: the entry of `timesteps`.
+            sample: (B, ...) as the step before returned it; at first the latents times `init_noise_sigma`.
+            generator: source of the churn noise, one or a list with one for each image. Drawn from only where noise is
+                added.
+            return_dict: False: a tuple (prev_sample, pred_original_sample).
+
+        Returns:
+            `prev_sample` (B, ...), the sample for the next evaluation, and `pred_original_sample` (B, ...), the
+            denoised image, both in the dtype of `sample`.
+
+        Raises:
+            ValueError: `set_timesteps` was not called, or not since sampling ended; an integer timestep, or one where
+                no step starts; not one generator for each image.
+        """
+        if isinstance(generator, list):
+            check_generators(generator, len(sample))
+        index = self._current_index(timestep)
+        state, level = self._state(sample, index), self._levels[index]
+        denoised = self.precondition_outputs(state, model_output.to(state.dtype), level)
+        slope = (state - denoised) / level
+        following = self._levels[index + 1] if index + 1 < len(self._levels) else 0.0
+        if index % 2 == 0:
+            # Algorithm 2, lines 7 and 8.
+            self._start, self._slope = state, slope
+            state = state + (following - level) * slope
+        else:
+            # Lines 10 and 11, then 4 to 6 of the next step.
+            state = self._start + (level - self._levels[index - 1]) * (self._slope + slope) / 2
+            added = self._added_noise(level, following)
+            if added > 0:
+                dtype = torch.promote_types(sample.dtype, torch.float32)
+                noise = randn_tensor(tuple(state.shape), generator=generator, device=state.device, dtype=dtype)
+                state = state + added * noise
+        self._step_index = index + 1
+        rounded = state.to(sample.dtype)
+        self._rounding = state - rounded
+        if not return_dict:
+            return rounded, denoised.to(sample.dtype)
+        return EDMEulerSchedulerOutput(prev_sample=rounded, pred_original_sample=denoised.to(sample.dtype))

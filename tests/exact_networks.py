@@ -1,0 +1,75 @@
+"""Exact denoisers, and the networks that training would converge to, written without the package's code."""
+
+from types import SimpleNamespace
+
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+
+def denoise_points(points, x, sigma, mask=None):
+    """E[x0 | x0 + sigma noise = x] for x0 uniform on `points` (n, ...), or on those that a row's `mask` (B, n) allows."""
+    flat, refs = x.flatten(1), points.to(x).flatten(1)
+    logits = -(flat[:, None] - refs).square().sum(2) / (2 * torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1) ** 2)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    return (logits.softmax(1) @ refs).reshape(x.shape)
+
+
+def denoise_gaussian(mean, covariance, x, sigma):
+    """E[x0 | x0 + sigma noise = x] for x0 normal with `mean` (D,) and `covariance` (D, D)."""
+    noisy = covariance + float(sigma) ** 2 * torch.eye(len(mean), dtype=x.dtype)
+    return (mean + (x.flatten(1) - mean) @ torch.linalg.solve(noisy, covariance)).reshape(x.shape)
+
+
+class ExactNetwork(nn.Module):
+    """The network of `process` ("edm" with sigma_data 0.6, "ve", "vp", "flow") on `points`, with `classes` classes.
+
+    Class k is the points k, k + classes, ...; the class after the last one is the dropped condition. Runs in float64.
+    """
+
+    def __init__(self, process, points, classes=None):
+        super().__init__()
+        self.process, self.points, self.classes = process, points.double(), classes
+        self.evaluations = 0
+
+    def forward(self, sample, timestep, class_labels=None):
+        self.evaluations += 1
+        assert timestep.shape == (len(sample),) and timestep.is_floating_point()
+        t = timestep.double().reshape(-1, *[1] * (sample.ndim - 1))
+        if self.process == "edm":
+            ratio = (4 * t).exp()
+            scale = 1 / (ratio**2 + 0.36).sqrt()
+        elif self.process == "ve":
+            ratio = 0.02 * (100 / 0.02) ** (t / 999)
+            scale = 1 / (1 + ratio**2).sqrt()
+        elif self.process == "vp":
+            time = (t + 1) / 1000
+            ratio = torch.expm1(19.9 * time**2 / 2 + 0.1 * time).sqrt()
+            scale = 1 / (1 + ratio**2).sqrt()
+        else:
+            ratio, scale = t / 1000 / (1 - t / 1000), 1 - t / 1000
+        x, mask = sample.double() / scale, None
+        if class_labels is not None:
+            owner = torch.arange(len(self.points)) % self.classes
+            mask = (owner == class_labels[:, None]) | (class_labels[:, None] == self.classes)
+        denoised = denoise_points(self.points, x, ratio.flatten(), mask)
+        noise = (x - denoised) / ratio
+        output = {"edm": (denoised - 0.36 * scale**2 * x) / (ratio * 0.6 * scale), "flow": noise - denoised}
+        return SimpleNamespace(sample=output.get(self.process, noise).to(sample.dtype))
+
+
+def small_unet(channels=1, size=8):
+    """An untrained network of Diffusers with the same weights at each call."""
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(4, 4),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=4,
+    ).eval()
