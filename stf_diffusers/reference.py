@@ -79,9 +79,17 @@ class ReferenceBatchSampler(Sampler[list[int]]):
         """Itself: where Accelerate looks for `set_epoch` when it shards a batch sampler."""
         return self
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that the next iteration runs through, and the batch (of this process) to begin with."""
-        self.epoch, self.start = epoch, start
+    def set_epoch(self, epoch: int, start: int | None = None) -> None:
+        """Choose the epoch that the next iteration runs through, and the batch (of this process) to begin with.
+
+        Without `start`, another epoch begins at its first batch, and the epoch that is chosen already stays where it
+        is: loaders prepared by Accelerate announce the epoch again when they are iterated.
+        """
+        if start is not None:
+            self.start = start
+        elif epoch != self.epoch:
+            self.start = 0
+        self.epoch = epoch
 
     def __len__(self) -> int:
         """Batches per epoch and process."""
@@ -90,7 +98,7 @@ class ReferenceBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         epoch, start = self.epoch, self.start
         # The next iteration is the next epoch, also for a loop that never calls set_epoch.
-        self.set_epoch(epoch + 1)
+        self.set_epoch(epoch + 1, start=0)
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{epoch}").getrandbits(63))
         order = torch.randperm(self.num_examples, generator=generator).tolist()
         for batch in range(start, len(self)):

@@ -162,7 +162,6 @@ def test_alpha_and_sigma_may_be_numbers_or_half_precision():
         assert torch.equal(posterior_mean(noisy, reference, alpha=alpha, sigma=sigma).mean, vectors.mean)
 
 
-@pytest.mark.xfail(strict=True, reason="Python numbers for alpha and sigma are rounded to float32")
 def test_numbers_are_float64():
     noisy, reference, alpha, sigma = problem(
         shape=(2,), dtype=torch.float64, sigmas=torch.full((4,), 0.7, dtype=torch.float64), alpha=0.9
@@ -237,9 +236,6 @@ for change in {"legacy": (legacy_medium, legacy_high, legacy_tf32), "new": (new,
     assert not any(job.returncode for job in jobs.values()), errors
 
 
-@pytest.mark.xfail(
-    strict=True, reason="settings inherited from torch.backends.fp32_precision come back as explicit ones"
-)
 def test_inherited_settings_stay_inherited():
     """A later change of torch.backends.fp32_precision still reaches the products of the caller."""
     script = """

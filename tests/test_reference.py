@@ -214,7 +214,6 @@ def test_resumed_by_accelerate():
     assert [batch[0].tolist() for batch in resumed] == epoch_of(own, 3, start=2)
 
 
-@pytest.mark.xfail(strict=True, reason="a prepared loader calls set_epoch(epoch) again, which forgets the start")
 def test_start_is_kept_by_a_prepared_loader():
     sampler = ReferenceBatchSampler(40, 4, 12)
     _, prepared = prepared_by_accelerate(sampler, num_processes=1, process_index=0)
