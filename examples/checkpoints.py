@@ -21,15 +21,22 @@ AVERAGE = "ema.safetensors"
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints that have their manifest, oldest first. Names being written or removed do not start alike."""
-    found = [path for path in output_dir.glob(f"{PREFIX}*") if (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    found = [path for path in output_dir.glob(f"{PREFIX}*") if (path / MANIFEST).is_file() and step_of(path) >= 0]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name, -1 where there is none."""
+    number = checkpoint.name.removeprefix(PREFIX)
+    return int(number) if number.isdecimal() else -1
 
 
 def find_checkpoint(output_dir: Path, requested: str | None) -> Path | None:
     """The checkpoint to resume from: None when nothing was requested, or "latest" and there is none.
 
     Raises:
-        ValueError: a checkpoint requested by name is not there or is not complete.
+        ValueError: a checkpoint requested by name is not there or not complete, or is not the newest of `output_dir`:
+            the run would leave the later ones behind as if they were its own.
     """
     if requested is None:
         return None
@@ -38,6 +45,12 @@ def find_checkpoint(output_dir: Path, requested: str | None) -> Path | None:
         return complete[-1] if complete else None
     for path in (Path(requested), output_dir / requested):
         if (path / MANIFEST).is_file():
+            later = [other.name for other in complete if step_of(other) > step_of(path)]
+            if path.resolve().parent == output_dir.resolve() and later:
+                raise ValueError(
+                    f"{output_dir} holds later checkpoints than {path.name}: {', '.join(later)}. Move or delete them, or "
+                    "resume into another --output_dir."
+                )
             return path
     names = ", ".join(path.name for path in complete) or "none"
     raise ValueError(f"--resume_from_checkpoint {requested}: no complete checkpoint there; in {output_dir}: {names}.")
@@ -75,7 +88,8 @@ def save_checkpoint(
         os.replace(staging, final)
         if limit is not None:
             for path in complete_checkpoints(output_dir)[:-limit]:
-                discard(path)
+                if path != final:
+                    discard(path)
     accelerator.wait_for_everyone()
 
 

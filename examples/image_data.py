@@ -81,12 +81,14 @@ class ImageReader:
         resolution: R; the shorter side is resized to it (bilinear, antialiased).
         center_crop: crop the centre; otherwise the crop of an image that is not square is random.
         resize: whether other sizes than R x R are resized and cropped; otherwise they are an error.
+        to_grey: whether colour images become grey in mode "L"; otherwise they are an error.
     """
 
     mode: str
     resolution: int
     center_crop: bool
     resize: bool = True
+    to_grey: bool = True
 
     @property
     def channels(self) -> int:
@@ -95,7 +97,7 @@ class ImageReader:
     def __call__(self, image: Image.Image, draw: random.Random) -> Tensor:
         if image.mode in ("I", "F", "I;16", "I;16L", "I;16B", "I;16N"):
             raise ValueError(f"image mode {image.mode!r} has more than 8 bits a channel. Convert the images to 8 bits.")
-        if self.mode == "L" and image.mode not in ("1", "L", "LA"):
+        if self.mode == "L" and not self.to_grey and image.mode not in ("1", "L", "LA"):
             raise ValueError(f"found a {image.mode} image among grey ones. Pass --image_mode RGB or --image_mode L.")
         width, height = image.size
         if not self.resize and (width, height) != (self.resolution, self.resolution):
@@ -132,8 +134,10 @@ def make_reader(
         raise ValueError(f"column {column!r} holds {type(first).__name__}, not images. Choose one with --image_column.")
     if resolution is None and first.width != first.height:
         raise ValueError(f"the images are not square ({first.width}x{first.height}): pass --resolution.")
-    mode = mode or ("L" if first.mode in ("1", "L", "LA") else "RGB")
-    return ImageReader(mode, resolution or first.width, center_crop, resize=resolution is not None)
+    found = "L" if first.mode in ("1", "L", "LA") else "RGB"
+    return ImageReader(
+        mode or found, resolution or first.width, center_crop, resize=resolution is not None, to_grey=mode is not None
+    )
 
 
 class ImageColumn(torch.utils.data.Dataset):

@@ -22,6 +22,7 @@ import logging
 import math
 import random
 import shlex
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,16 @@ PROCESS_PARAMETERS = {
     "ve": ("sigma_min", "sigma_max"),
     "vp": ("beta_d", "beta_min", "epsilon_t"),
 }
+
+
+# Flags that a resumed run must share with the one it continues: they decide the data's order, the shapes, the target, or
+# are held by the state of the optimizer, the schedule and the averaged weights.
+KEPT_FLAGS = (
+    "objective", "train_batch_size", "gradient_accumulation_steps", "seed", "random_flip", "center_crop",
+    "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",
+    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
+    "use_ema", "ema_inv_gamma", "ema_power", "ema_max_decay",
+)  # fmt: skip
 
 
 def number(kind: type, low: float, *, above: bool = False, high: float = math.inf) -> Any:
@@ -181,7 +192,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     training.add_argument(
         "--lr_scheduler",
-        choices=[kind.value for kind in SchedulerType if kind != "piecewise_constant"],
+        choices=[kind.value for kind in SchedulerType if kind.value != "piecewise_constant"],
         default="cosine",
     )
     training.add_argument("--lr_warmup_steps", type=number(int, 0), default=500, help="Optimizer steps.")
@@ -267,9 +278,8 @@ def choose_process(args: argparse.Namespace, images: ImageColumn) -> tuple[EDM |
         logger.warning("The pretrained pipeline does not say how it was trained: its network must adapt to %s.", name)
     every = {flag for flags in PROCESS_PARAMETERS.values() for flag in flags}
     given: dict[str, Any] = {flag: getattr(args, flag) for flag in every if getattr(args, flag) is not None}
-    ranges: dict[str, Any] = {
-        flag: given.pop(flag) for flag in ("sigma_min", "sigma_max") if name == "edm" and flag in given
-    }
+    ranges: dict[str, Any] = dict(saved.get("sampling_range", {})) if saved else {}
+    ranges |= {flag: given.pop(flag) for flag in ("sigma_min", "sigma_max") if name == "edm" and flag in given}
     foreign = sorted(given.keys() - PROCESS_PARAMETERS[name])
     if foreign:
         raise ValueError(f"--{foreign[0]} is no parameter of --noise_process {name}; leave it out.")
@@ -307,6 +317,7 @@ def build_unet(args: argparse.Namespace, reader: ImageReader, num_classes: int |
             f"the pretrained network has {config['in_channels']} channels and the images have {reader.channels}. "
             "Choose with --image_mode."
         )
+    unet.register_to_config(sample_size=reader.resolution)
     if config["num_class_embeds"] != num_classes:
         raise ValueError(
             f"the pretrained network knows {config['num_class_embeds']} classes and this run has {num_classes}. "
@@ -456,6 +467,11 @@ def main(argv: list[str] | None = None) -> None:
             "--overwrite_output_dir, or choose another --output_dir."
         )
     images, num_classes = load_images(args, accelerator)
+    if args.train_batch_size * num_processes > len(images):
+        raise ValueError(
+            f"--train_batch_size {args.train_batch_size} on {num_processes} process(es) exceeds the {len(images)} images "
+            "there are. Lower it."
+        )
     n = args.reference_batch_size or max(args.train_batch_size, min(4096, len(images)))
     if args.objective == "dsm":
         n = args.train_batch_size
@@ -503,16 +519,14 @@ def main(argv: list[str] | None = None) -> None:
             power=args.ema_power,
         )
     run = {
+        **{name: getattr(args, name) for name in KEPT_FLAGS},
         "process": process_to_config(process),
-        "objective": args.objective,
+        "sampling_range": sampling_range,
         "reference_batch_size": n,
-        "train_batch_size": args.train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "num_processes": num_processes,
         "num_images": len(images),
-        "seed": args.seed,
-        "use_ema": args.use_ema,
-        "random_flip": args.random_flip,
+        "num_classes": num_classes,
+        "image_shape": list(images.shape),
     }
     first_step = 0
     if resume is not None:
@@ -525,6 +539,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.overwrite_output_dir:
             for path in complete_checkpoints(output_dir):
                 discard(path)
+            shutil.rmtree(output_dir / "samples", ignore_errors=True)
     accelerator.wait_for_everyone()
     if accelerator.log_with:
         accelerator.init_trackers("stf_diffusers", config={key: str(value) for key, value in vars(args).items()})
@@ -616,7 +631,7 @@ def main(argv: list[str] | None = None) -> None:
         save_pipeline(pipeline, output_dir, raw_unet=None if ema is None else unet)
         card = model_card(
             pipeline,
-            repository=repository or output_dir.name,
+            repository=repository or str(output_dir),
             dataset=args.dataset_name or args.train_data_dir or "scikit-learn's handwritten digits",
             num_inference_steps=args.num_inference_steps,
         )

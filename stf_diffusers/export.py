@@ -78,14 +78,14 @@ def sampling_scheduler(
 
     Raises:
         TypeError: another process.
-        ValueError: a range for a process that has its own, or noise levels that Diffusers cannot represent.
+        ValueError: a range for a process that has its own, an impossible range, or noise levels that Diffusers cannot represent.
     """
     if isinstance(process, EDM):
-        return EDMDPMSolverMultistepScheduler(
-            sigma_min=EDM_SAMPLING_RANGE[0] if sigma_min is None else sigma_min,
-            sigma_max=EDM_SAMPLING_RANGE[1] if sigma_max is None else sigma_max,
-            sigma_data=process.sigma_data,
-        )
+        low = EDM_SAMPLING_RANGE[0] if sigma_min is None else sigma_min
+        high = EDM_SAMPLING_RANGE[1] if sigma_max is None else sigma_max
+        if not 0 < low < high:
+            raise ValueError(f"sampling needs 0 < sigma_min < sigma_max; got {low} and {high}.")
+        return EDMDPMSolverMultistepScheduler(sigma_min=low, sigma_max=high, sigma_data=process.sigma_data)
     if sigma_min is not None or sigma_max is not None:
         raise ValueError(f"sigma_min and sigma_max of {type(process).__name__} are those it was trained with.")
     if isinstance(process, VE):
@@ -155,9 +155,10 @@ def read_metadata(
 def save_pipeline(
     pipeline: DiffusionPipeline, folder: str | os.PathLike[str], raw_unet: UNet2DModel | None = None
 ) -> None:
-    """Write a pipeline to `folder`, whole or not at all; other files in the folder stay.
+    """Write a pipeline to `folder`; other files in the folder stay.
 
-    Everything is written aside first and moved into place when complete, `model_index.json` last.
+    Everything is written aside first and moved into place when complete, `model_index.json` last, so that a write that
+    fails (a full disk, say) leaves an earlier pipeline whole.
 
     Args:
         pipeline: as from `diffusers_pipeline`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ def _rand(batch_size: int, generator: torch.Generator | None, device: Any, norma
 
 class NoiseProcess(ABC):
     """What the rest of the package knows of a forward process. All methods take t as (B,) and return (B,)."""
+
+    # The largest time that there is.
+    last_time: ClassVar[float] = math.inf
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -176,6 +179,8 @@ class VP(NoiseProcess):
     beta_min: float = 0.1
     epsilon_t: float = 1e-5
 
+    last_time: ClassVar[float] = 1.0
+
     def __post_init__(self) -> None:
         _require(self.beta_d > 0, f"beta_d must be positive; got {self.beta_d}. Song et al. use 19.9.")
         _require(self.beta_min >= 0, f"beta_min must not be negative; got {self.beta_min}. Song et al. use 0.1.")
@@ -226,6 +231,8 @@ class FlowMatching(NoiseProcess):
     logit_mean: float = 0.0
     logit_std: float = 1.0
 
+    last_time: ClassVar[float] = 1.0
+
     def __post_init__(self) -> None:
         _require(
             self.time_distribution in ("uniform", "logit_normal"),
@@ -267,6 +274,9 @@ class SchedulerProcess(NoiseProcess):
     by `sigmas` alone (Euler, LMS, Heun, EDM), or by interpolation (flow matching). What the network sees and returns
     is what Diffusers' training scripts use with it.
 
+    The multistep solvers of the first family (DPM-Solver, DEIS, UniPC) read their noise table backwards in `add_noise`
+    until `set_timesteps` is called (`add_noise_is_backward`). Here they have the process that they sample.
+
     Args:
         scheduler: an instance of a Diffusers scheduler. It is read, not changed; timesteps set for sampling on it do
             not matter.
@@ -285,12 +295,19 @@ class SchedulerProcess(NoiseProcess):
         self.scheduler_name = type(scheduler).__name__
         self.prediction_type = config.get("prediction_type", "epsilon")
         self.sigma_data: float = config.get("sigma_data", 0.5)
+        self.add_noise_is_backward = False
+        if config.get("use_flow_sigmas"):
+            raise TypeError(
+                f"{self.scheduler_name} with use_flow_sigmas samples flow-matching models; it has no table to train on. "
+                "Use FlowMatchEulerDiscreteScheduler, or stf_diffusers.FlowMatching."
+            )
         if hasattr(fresh, "alphas_cumprod") and fresh.init_noise_sigma == 1:
             self.family = "vp"
             cumulative = torch.as_tensor(scheduler.alphas_cumprod).to("cpu", torch.float32)
             # The scheduler's own expressions, so that alpha and sigma agree with its add_noise to the last bit.
             alphas, sigmas = cumulative**0.5, (1 - cumulative) ** 0.5
             timesteps = torch.arange(len(cumulative))
+            self.add_noise_is_backward = hasattr(fresh, "index_for_timestep") and hasattr(fresh, "lambda_t")
         elif getattr(fresh, "timesteps", None) is not None and getattr(fresh, "sigmas", None) is not None:
             timesteps = torch.as_tensor(fresh.timesteps)
             sigmas = torch.as_tensor(fresh.sigmas)[: len(timesteps)].to(torch.float32)
@@ -322,11 +339,13 @@ class SchedulerProcess(NoiseProcess):
         keep[1:] = timesteps[1:] != timesteps[:-1]
         self._timesteps, self._alphas, self._sigmas = timesteps[keep], alphas[keep], sigmas[keep]
         ratio = self._sigmas.double() / self._alphas.double()
-        if not bool((ratio[1:] > ratio[:-1]).all()):
+        # The last entry may fall back: EulerDiscreteScheduler caps the infinite noise of a zero terminal SNR.
+        if not bool((ratio[1:-1] > ratio[:-2]).all()):
             raise ValueError(
                 f"the noise of this {self.scheduler_name} does not grow with its timesteps, so it cannot be trained on. "
-                "Use the training counterpart (DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler)."
+                "Use its training counterpart, for instance DDPMScheduler.from_config(scheduler.config)."
             )
+        self._tables: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def __repr__(self) -> str:
         return f"SchedulerProcess({self.scheduler_name}, prediction_type={self.prediction_type!r})"
@@ -336,9 +355,16 @@ class SchedulerProcess(NoiseProcess):
         """The training timesteps, ascending: integers for most schedulers, floating point for EDM and flow ones."""
         return self._timesteps
 
-    def _lookup(self, table: Tensor, t: Tensor) -> Tensor:
-        """Entries of `table` at timesteps t; on the CPU a timestep that is not in the schedule raises ValueError."""
-        values, wanted = self._timesteps.to(t.device, torch.float64), t.to(torch.float64)
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Timesteps, alphas and sigmas on `device`, copied there once: a copy would wait for the device at each step."""
+        if device not in self._tables:
+            self._tables[device] = tuple(table.to(device) for table in (self._timesteps, self._alphas, self._sigmas))
+        return self._tables[device]
+
+    def _lookup(self, which: int, t: Tensor) -> Tensor:
+        """Entries of a table at timesteps t; on the CPU a timestep that is not in the schedule raises ValueError."""
+        tables = self._on(t.device)
+        values, wanted = tables[0].to(torch.float64), t.to(torch.float64)
         right = torch.searchsorted(values, wanted).clamp_(max=len(values) - 1)
         left = (right - 1).clamp_(min=0)
         index = torch.where((wanted - values[left]).abs() < (values[right] - wanted).abs(), left, right)
@@ -351,13 +377,13 @@ class SchedulerProcess(NoiseProcess):
                     f"{self.scheduler_name} ({values[0].item():g} to {values[-1].item():g}). Draw them with "
                     "SchedulerProcess.sample_t, or from `scheduler.timesteps` before set_timesteps(), in float32."
                 )
-        return table.to(t.device)[index]
+        return tables[which][index]
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self._lookup(self._alphas, t)
+        return self._lookup(1, t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self._lookup(self._sigmas, t)
+        return self._lookup(2, t)
 
     def sample_t(
         self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
@@ -365,7 +391,7 @@ class SchedulerProcess(NoiseProcess):
         """Training timesteps drawn uniformly, in the scheduler's dtype."""
         source = generator.device if generator is not None else device
         index = torch.randint(len(self._timesteps), (batch_size,), generator=generator, device=source)
-        return self._timesteps.to(index.device)[index].to(device or source)
+        return self._on(index.device)[0][index].to(device or source)
 
     def time_of(self, ratio: Tensor) -> Tensor:
         raise TypeError(

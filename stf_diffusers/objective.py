@@ -7,6 +7,7 @@ leaves the DSM target untouched, bit for bit, where the posterior mean is x0.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,8 +71,19 @@ class STFTrainingObjective:
 
     @classmethod
     def from_scheduler(cls, noise_scheduler: Any) -> STFTrainingObjective:
-        """The objective of a Diffusers script that calls `noise_scheduler.add_noise`; prediction type from its config."""
-        return cls(SchedulerProcess(noise_scheduler))
+        """The objective of a Diffusers script that calls `noise_scheduler.add_noise`; prediction type from its config.
+
+        Raises:
+            TypeError, ValueError: as `SchedulerProcess`. A warning says where the scheduler's `add_noise` is not usable.
+        """
+        process = SchedulerProcess(noise_scheduler)
+        if process.add_noise_is_backward:
+            warnings.warn(
+                f"{process.scheduler_name}.add_noise, before set_timesteps, does not add the noise that belongs to a "
+                "timestep. Add noise with DDPMScheduler.from_config(scheduler.config), or use perturb().",
+                stacklevel=2,
+            )
+        return cls(process)
 
     @torch.no_grad()
     def perturb(
@@ -163,6 +175,8 @@ class STFTrainingObjective:
 
     @staticmethod
     def _as_compute(clean: Tensor) -> Tensor:
+        if not isinstance(clean, Tensor):
+            raise TypeError(f"clean must be a tensor (B, ...); got {type(clean).__name__}. Stack the images first.")
         if clean.ndim < 2:
             raise ValueError(f"clean must be a batch, (B, ...) with at least 2 dimensions; got {tuple(clean.shape)}.")
         return pixels_to_float(clean)
@@ -179,8 +193,14 @@ class STFTrainingObjective:
             # Coefficients in float64: at low noise 1 - c_skip and a - b alpha / sigma cancel.
             exact_t = t.to(torch.float64)
             exact_alpha, exact_sigma = self.process.alpha(exact_t), self.process.sigma(exact_t)
-            if x0.device.type == "cpu" and not bool((exact_sigma > 0).all()):
-                raise ValueError(f"there is no noise to predict at times {t[~(exact_sigma > 0)].tolist()[:4]}.")
+            if x0.device.type == "cpu":
+                inside = (exact_sigma > 0) & (exact_t <= self.process.last_time)
+                if not bool(inside.all()):
+                    raise ValueError(
+                        f"times of {type(self.process).__name__} lie above 0 and up to {self.process.last_time:g}; got "
+                        f"{t[~inside].tolist()[:4]}. Timesteps of a Diffusers scheduler belong to "
+                        "STFTrainingObjective.from_scheduler."
+                    )
             a, b = (
                 self.process.output_coefficients(exact_t)
                 if self.prediction_type is None

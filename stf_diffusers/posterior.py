@@ -39,7 +39,10 @@ def full_precision(device_type: str) -> Iterator[None]:
             yield
     finally:
         for backend, precision in zip(backends, previous, strict=True):
-            backend.fp32_precision = precision
+            # "none" inherits from torch.backends.fp32_precision; what was inherited must go on following it.
+            backend.fp32_precision = "none"
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
 
 
 def pixels_to_float(images: Tensor) -> Tensor:
@@ -118,7 +121,7 @@ def _chunk_state(query: Tensor, half_scale: Tensor, reference: Tensor, mask: Ten
 
 def _as_row_vector(value: Tensor | float, name: str, noisy: Tensor) -> Tensor:
     """`alpha` or `sigma` as a float64 (B,) vector on the device of `noisy`."""
-    vector = torch.as_tensor(value, device=noisy.device).to(torch.float64)
+    vector = torch.as_tensor(value, dtype=torch.float64, device=noisy.device)
     if vector.ndim == 0:
         vector = vector.expand(noisy.shape[0])
     if vector.shape != noisy.shape[:1]:

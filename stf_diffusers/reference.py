@@ -51,17 +51,17 @@ class ReferenceBatchSampler(Sampler[list[int]]):
                 f"the reference batch holds the sources, so 1 <= batch_size <= reference_batch_size; got {batch_size} "
                 f"and {reference_batch_size}. Raise reference_batch_size (n = batch_size leaves only the sources)."
             )
-        if reference_batch_size > num_examples:
-            raise ValueError(
-                f"reference_batch_size {reference_batch_size} exceeds the {num_examples} images there are. "
-                f"Use at most {num_examples}: drawing an image twice would bias the target."
-            )
         if not 0 <= process_index < num_processes:
             raise ValueError(f"process_index must lie in [0, {num_processes}); got {process_index}.")
         if batch_size * num_processes > num_examples:
             raise ValueError(
                 f"{num_processes} processes times batch_size {batch_size} exceeds the {num_examples} images there are. "
                 "Lower batch_size."
+            )
+        if reference_batch_size > num_examples:
+            raise ValueError(
+                f"reference_batch_size {reference_batch_size} exceeds the {num_examples} images there are. "
+                f"Use at most {num_examples}: drawing an image twice would bias the target."
             )
         self.num_examples = num_examples
         self.num_sources = batch_size
@@ -79,9 +79,17 @@ class ReferenceBatchSampler(Sampler[list[int]]):
         """Itself: where Accelerate looks for `set_epoch` when it shards a batch sampler."""
         return self
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that the next iteration runs through, and the batch (of this process) to begin with."""
-        self.epoch, self.start = epoch, start
+    def set_epoch(self, epoch: int, start: int | None = None) -> None:
+        """Choose the epoch that the next iteration runs through, and the batch (of this process) to begin with.
+
+        Without `start`, another epoch begins at its first batch, and the epoch that is chosen already stays where it
+        is: loaders prepared by Accelerate announce the epoch again when they are iterated.
+        """
+        if start is not None:
+            self.start = start
+        elif epoch != self.epoch:
+            self.start = 0
+        self.epoch = epoch
 
     def __len__(self) -> int:
         """Batches per epoch and process."""
@@ -90,7 +98,7 @@ class ReferenceBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         epoch, start = self.epoch, self.start
         # The next iteration is the next epoch, also for a loop that never calls set_epoch.
-        self.set_epoch(epoch + 1)
+        self.set_epoch(epoch + 1, start=0)
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{epoch}").getrandbits(63))
         order = torch.randperm(self.num_examples, generator=generator).tolist()
         for batch in range(start, len(self)):
@@ -153,7 +161,13 @@ class ReferenceBatchCollator:
             )
         batch = {"images": references[: self.batch_size], "reference_images": references}
         if self.label_key in columns:
-            labels = torch.as_tensor(columns[self.label_key])
+            try:
+                labels = torch.as_tensor(columns[self.label_key])
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(
+                    f"labels in {self.label_key!r} must be one integer per example: {error}. Leave out examples without "
+                    "a label, or pass label_key= to name another column."
+                ) from error
             if labels.is_floating_point() or labels.ndim != 1:
                 raise TypeError(
                     f"labels in {self.label_key!r} must be one integer per example; got {labels.dtype} of shape "

@@ -162,6 +162,9 @@ SCHEDULERS = {
     ),
     "euler": lambda: diffusers.EulerDiscreteScheduler(),
     "euler v": lambda: diffusers.EulerDiscreteScheduler(prediction_type="v_prediction", timestep_spacing="trailing"),
+    "euler v zero-snr": lambda: diffusers.EulerDiscreteScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True
+    ),
     "edm": lambda: diffusers.EDMEulerScheduler(),
     "edm v": lambda: diffusers.EDMEulerScheduler(prediction_type="v_prediction", sigma_data=1.0),
     "edm dpm-solver": lambda: diffusers.EDMDPMSolverMultistepScheduler(sigma_data=0.7, sigma_max=20.0),
@@ -359,8 +362,18 @@ def test_schedulers_without_a_known_forward_process():
             TypeError, match=f"{name} has no forward process.*Use the scheduler that the training script"
         ):
             SchedulerProcess(getattr(diffusers, name)())
-    with pytest.raises(ValueError, match=r"does not grow with its timesteps.*Use the training counterpart"):
+    with pytest.raises(
+        ValueError, match=r"does not grow with its timesteps.*training counterpart, for instance DDPMScheduler"
+    ):
         SchedulerProcess(diffusers.KDPM2DiscreteScheduler())
+
+
+def test_flow_sigmas_are_refused():
+    """Solvers that sample flow-matching models keep the table of another process."""
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        scheduler = getattr(diffusers, name)(use_flow_sigmas=True, prediction_type="flow_prediction")
+        with pytest.raises(TypeError, match=f"{name} with use_flow_sigmas.*FlowMatchEulerDiscreteScheduler"):
+            SchedulerProcess(scheduler)
 
 
 def test_unknown_prediction_types_are_refused():

@@ -185,9 +185,11 @@ def test_fine_tuning_takes_weights_and_process_from_the_pipeline(flags, tmp_path
     without_config = [flag for flag in flags() if flag not in ("--model_config", str(tmp_path / "net.json"))]
     second = tmp_path / "second"
     more = ["--pretrained_model_name_or_path", str(first), "--output_dir", str(second), "--learning_rate", "1e-12"]
+    more += ["--resolution", "16"]
     script.main([*without_config, *more])
     metadata = json.loads((second / "scheduler" / "scheduler_config.json").read_text())["_stf"]
     assert metadata["process"] == {"name": "vp", "beta_d": 12.0, "beta_min": 0.1, "epsilon_t": 1e-5}
+    assert DiffusionPipeline.from_pretrained(second).unet.config.sample_size == 16
     for key, value in weights(first).items():
         torch.testing.assert_close(weights(second, "unet_raw")[key], value, rtol=0, atol=1e-9)
     AcceleratorState._reset_state(True)
@@ -264,8 +266,38 @@ def test_sigma_data_is_measured(flags, tmp_path, caplog):
     assert config["sigma_data"] == config["_stf"]["process"]["sigma_data"] == pytest.approx(expected, rel=0.05)
 
 
+def test_resuming_behind_later_checkpoints_is_refused(flags, tmp_path):
+    """Rotation and `latest` would take an abandoned branch's checkpoints for the newest."""
+    script.main(flags("--max_train_steps", 3, "--checkpointing_steps", 1))
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match="later checkpoints than checkpoint-1: checkpoint-2, checkpoint-3"):
+        script.main(flags("--max_train_steps", 3, "--resume_from_checkpoint", "checkpoint-1"))
+    (tmp_path / "run" / "checkpoint-notes").mkdir()
+    (tmp_path / "run" / "checkpoint-notes" / "training_state.json").write_text("{}")
+    AcceleratorState._reset_state(True)
+    older = tmp_path / "run" / "checkpoint-1"
+    script.main(flags("--resume_from_checkpoint", older, "--output_dir", tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    "schedule", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+)
+def test_every_schedule_runs(schedule, flags):
+    script.main(flags("--lr_scheduler", schedule, "--max_train_steps", 1))
+    AcceleratorState._reset_state(True)
+    with pytest.raises(SystemExit):
+        script.parse_args(["--lr_scheduler", "piecewise_constant"])
+
+
+def test_colour_images_become_grey_when_asked(flags, tmp_path):
+    script.main(flags("--image_mode", "L", "--max_train_steps", 1))
+    assert DiffusionPipeline.from_pretrained(tmp_path / "run").unet.config.in_channels == 1
+
+
 WRONG = {
-    "batch above images": (["--train_batch_size", "25"], "25"),
+    "sampling range": (["--sigma_min", "10", "--sigma_max", "1"], "sigma_min < sigma_max"),
+    "batch above images": (["--train_batch_size", "25"], "--train_batch_size 25"),
     "references above images": (["--reference_batch_size", "25"], "exceeds the 24 images"),
     "references below batch": (["--reference_batch_size", "3"], "includes the batch itself"),
     "references for dsm": (["--objective", "dsm", "--reference_batch_size", "8"], "no effect"),
@@ -309,9 +341,34 @@ def test_a_trained_folder_is_not_overwritten_unasked(flags, tmp_path):
 
 def test_resuming_another_run_is_refused(flags):
     script.main(flags("--checkpointing_steps", 1))
+    others = [
+        ("--train_batch_size", 2), ("--learning_rate", 1e-2), ("--resolution", 16), ("--image_mode", "L"), ("--seed", 1),
+        ("--class_conditional",), ("--objective", "dsm"), ("--noise_process", "vp"), ("--random_flip",),
+    ]  # fmt: skip
+    names = [
+        "train_batch_size",
+        "learning_rate",
+        "image_shape",
+        "image_shape",
+        "seed",
+        "num_classes",
+        "objective",
+        "process",
+        "random_flip",
+    ]
+    for other, name in zip(others, names, strict=True):
+        AcceleratorState._reset_state(True)
+        with pytest.raises(ValueError, match=f"belongs to another run: .*{name}"):
+            script.main(flags("--resume_from_checkpoint", "latest", *other))
+
+
+def test_fine_tuning_keeps_the_sampling_range(flags, tmp_path):
+    script.main(flags("--sigma_max", 20, "--max_train_steps", 1))
     AcceleratorState._reset_state(True)
-    with pytest.raises(ValueError, match="train_batch_size"):
-        script.main(flags("--resume_from_checkpoint", "latest", "--train_batch_size", 2))
+    without_config = [flag for flag in flags() if flag not in ("--model_config", str(tmp_path / "net.json"))]
+    more = ["--pretrained_model_name_or_path", str(tmp_path / "run"), "--output_dir", str(tmp_path / "second")]
+    script.main([*without_config, *more])
+    assert DiffusionPipeline.from_pretrained(tmp_path / "second").scheduler.config.sigma_max == 20
 
 
 @pytest.mark.parametrize(
@@ -356,7 +413,7 @@ def test_reader_crops_resizes_and_converts():
     with pytest.raises(ValueError, match="8 bits"):
         ImageReader("L", 8, True)(Image.fromarray(np.zeros((8, 8), np.uint16)), random.Random(0))
     with pytest.raises(ValueError, match="--image_mode"):
-        ImageReader("L", 8, True)(wide, random.Random(0))
+        ImageReader("L", 8, True, to_grey=False)(wide, random.Random(0))
     with pytest.raises(ValueError, match="--resolution"):
         ImageReader("RGB", 8, True, resize=False)(wide, random.Random(0))
 
