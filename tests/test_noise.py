@@ -350,7 +350,9 @@ def test_timesteps_outside_the_table_raise(scheduler):
     assert torch.equal(process.sigma(table.double() * (1 + 1e-7)), process.sigma(table))
 
 
-@pytest.mark.parametrize("thing", [object(), None, 3, diffusers.DDPMScheduler, EDM()], ids=repr)
+@pytest.mark.parametrize(
+    "thing", [object(), None, 3, diffusers.DDPMScheduler, EDM()], ids=lambda thing: type(thing).__name__
+)
 def test_not_a_scheduler(thing):
     with pytest.raises(TypeError, match="needs a Diffusers scheduler; got"):
         SchedulerProcess(thing)

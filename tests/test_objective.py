@@ -697,36 +697,3 @@ def test_a_training_run_with_sampler_and_collator_is_unbiased():
         values = torch.stack(values)
         z[name] = (values.mean(0) / (values.std(0) / len(values) ** 0.5)).abs().max().item()
     assert z["stf"] < 4 < 10 < z["without sources"], z
-
-
-def test_schedulers_whose_add_noise_runs_backward_are_announced():
-    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-
-    backward = DPMSolverMultistepScheduler()
-    with pytest.warns(UserWarning, match="DDPMScheduler.from_config"):
-        process = STFTrainingObjective.from_scheduler(backward).process
-    x, noise, t = torch.ones(1, 1), torch.zeros(1, 1), torch.tensor([900])
-    own = DDPMScheduler.from_config(backward.config).add_noise(x, noise, t)
-    torch.testing.assert_close(process.add_noise(x, noise, t), own)
-    assert (backward.add_noise(x, noise, t) - own).abs().item() > 0.5, "Diffusers has mended it: drop the warning"
-    with pytest.raises(TypeError, match="FlowMatchEulerDiscreteScheduler"):
-        STFTrainingObjective.from_scheduler(
-            DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
-        )
-
-
-@pytest.mark.parametrize("process", [VP(), FlowMatching()])
-def test_timesteps_of_a_scheduler_are_not_times(process):
-    x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="up to 1; got .*from_scheduler"):
-        STFTrainingObjective(process).target(x, x, torch.tensor([1, 999]))
-
-
-def test_zero_terminal_snr_of_euler():
-    from diffusers import EulerDiscreteScheduler
-
-    scheduler = EulerDiscreteScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    process = STFTrainingObjective.from_scheduler(scheduler).process
-    for t in (0.0, 500.0, 999.0):
-        step = torch.tensor([t])
-        torch.testing.assert_close(process.sigma(step), scheduler.add_noise(torch.zeros(1), torch.ones(1), step))
