@@ -307,7 +307,9 @@ class SchedulerProcess(NoiseProcess):
             # The scheduler's own expressions, so that alpha and sigma agree with its add_noise to the last bit.
             alphas, sigmas = cumulative**0.5, (1 - cumulative) ** 0.5
             timesteps = torch.arange(len(cumulative))
-            self.add_noise_is_backward = hasattr(fresh, "index_for_timestep") and hasattr(fresh, "lambda_t")
+            if hasattr(fresh, "index_for_timestep"):
+                own = fresh.add_noise(torch.zeros(1), torch.ones(1), timesteps[-1:])
+                self.add_noise_is_backward = not torch.allclose(own, sigmas[-1:])
         elif getattr(fresh, "timesteps", None) is not None and getattr(fresh, "sigmas", None) is not None:
             timesteps = torch.as_tensor(fresh.timesteps)
             sigmas = torch.as_tensor(fresh.sigmas)[: len(timesteps)].to(torch.float32)

@@ -409,12 +409,9 @@ ADD_NOISE = [
     "DPMSolverSinglestep",
     "DEISMultistep",
 ]
-SA_SOLVER = pytest.param(
-    "SASolver", marks=pytest.mark.xfail(strict=True, reason="warned of, though its add_noise is right")
-)
 
 
-@pytest.mark.parametrize("name", [*ADD_NOISE, "UniPCMultistep", SA_SOLVER])
+@pytest.mark.parametrize("name", [*ADD_NOISE, "UniPCMultistep", "SASolver"])
 def test_warns_where_add_noise_is_not_the_schedulers_process(name):
     """Some solvers read their noise table backwards until set_timesteps is called."""
     scheduler = getattr(diffusers, f"{name}Scheduler")()
