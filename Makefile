@@ -3,12 +3,14 @@ PYTHON ?= python3.11
 VENV ?= .venv
 TORCH ?= 2.13.0
 BIN = $(VENV)/bin
+# Accelerate gives a process one CPU thread unless told otherwise.
+THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		examples/train_unconditional_stf.py @examples/configs/digits_demo.txt --output_dir digits-stf --overwrite_output_dir
+		--num_cpu_threads_per_process $(THREADS) examples/train_unconditional_stf.py @examples/configs/digits_demo.txt --output_dir digits-stf --overwrite_output_dir
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
