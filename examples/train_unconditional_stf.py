@@ -39,12 +39,12 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from huggingface_hub import HfApi
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from checkpoints import complete_checkpoints, discard, find_checkpoint, load_checkpoint, read_step, save_checkpoint
+from hub_upload import HubUpload
 from image_data import (
     ImageColumn,
     ImageReader,
@@ -228,6 +228,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     report.add_argument("--num_samples", type=count, default=16, help="Images per grid.")
     report.add_argument("--num_inference_steps", type=number(int, 2), default=35, help="Sampling steps per image.")
     report.add_argument("--push_to_hub", action="store_true", help="Upload the pipeline at the end.")
+    report.add_argument("--hub_steps", type=count, help="Upload every this many steps too.")
+    report.add_argument(
+        "--model_license", help="Named in the model card, for instance apache-2.0. Default: none claimed."
+    )
     report.add_argument("--hub_model_id", help="Repository on the Hub. Default: the name of output_dir.")
     report.add_argument("--hub_private_repo", action="store_true")
     report.add_argument("--hub_token", help="Default: that of `hf auth login`.")
@@ -250,8 +254,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--report_to {args.report_to}: installed trackers are {', '.join(available_trackers()) or 'none'}."
         )
-    if not args.push_to_hub and (args.hub_model_id or args.hub_private_repo or args.hub_token):
-        parser.error("--hub_model_id, --hub_private_repo and --hub_token need --push_to_hub.")
+    if not args.push_to_hub and (args.hub_model_id or args.hub_private_repo or args.hub_token or args.hub_steps):
+        parser.error("--hub_model_id, --hub_private_repo, --hub_token and --hub_steps need --push_to_hub.")
     return args
 
 
@@ -331,6 +335,8 @@ def build_unet(args: argparse.Namespace, reader: ImageReader, num_classes: int |
             f"time_embedding_type {config['time_embedding_type']!r} takes the logarithm of timesteps that are negative "
             "or 0 here; use 'positional'."
         )
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     return unet
 
 
@@ -405,6 +411,23 @@ def batches_from(
         epoch, start = epoch + 1, 0
 
 
+def make_optimizer(
+    args: argparse.Namespace, unet: UNet2DModel, images_per_step: int, max_steps: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """The optimizer and its learning-rate schedule, in optimizer steps."""
+    optimizer = torch.optim.AdamW(
+        unet.parameters(),
+        lr=args.learning_rate * (images_per_step if args.scale_lr else 1),
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    schedule = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
+    )
+    return optimizer, schedule
+
+
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """The Accelerator of this run.
 
@@ -428,24 +451,6 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device {device} is not supported: targets need float64. Pass --cpu to `accelerate launch`.")
     return accelerator
-
-
-def create_repository(args: argparse.Namespace) -> str:
-    """The repository that the run will be pushed to, made before the training so that it does not fail after it."""
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    created = HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo or None, exist_ok=True)
-    return created.repo_id
-
-
-def upload(args: argparse.Namespace, folder: Path, repository: str) -> None:
-    """Upload the pipeline and its card; never checkpoints or logs."""
-    HfApi(token=args.hub_token).upload_folder(
-        repo_id=repository,
-        folder_path=folder,
-        allow_patterns=["README.md", "model_index.json", "scheduler/*", "unet/*", "unet_raw/*"],
-        commit_message="Upload pipeline",
-    )
-    logger.info("Pushed to %s.", repository)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -490,22 +495,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(seed_for(args.seed))
     unet = build_unet(args, images.reader, num_classes)
     diffusers_pipeline(unet, process, **sampling_range)  # an impossible range fails now, not after the training
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     images_per_step = args.gradient_accumulation_steps * args.train_batch_size * num_processes
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=args.learning_rate * (images_per_step if args.scale_lr else 1),
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
     max_steps = args.max_train_steps or math.ceil(args.num_epochs * len(sampler) / args.gradient_accumulation_steps)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
-    )
+    optimizer, lr_scheduler = make_optimizer(args, unet, images_per_step, max_steps)
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
     if args.compile:
         unet.compile()
@@ -533,7 +527,9 @@ def main(argv: list[str] | None = None) -> None:
         first_step = read_step(resume, run)
         load_checkpoint(accelerator, resume, unet, ema)
         logger.info("Resumed after step %d from %s.", first_step, resume)
-    repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
+    hub = None
+    if args.push_to_hub and accelerator.is_main_process:
+        hub = HubUpload(args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         if args.overwrite_output_dir:
@@ -559,10 +555,10 @@ def main(argv: list[str] | None = None) -> None:
         metadata = {**run, "steps": step, "images_seen": step * images_per_step}
         return diffusers_pipeline(network, process, metadata=metadata, **sampling_range)
 
-    def save_grid(pipeline: DiffusionPipeline, step: int) -> None:
+    def save_grid(pipeline: DiffusionPipeline, step: int) -> Path:
         grid = sample_grid(accelerator, pipeline, args, num_classes)
+        path = output_dir / "samples" / f"step-{step:07d}.png"
         if accelerator.is_main_process:
-            path = output_dir / "samples" / f"step-{step:07d}.png"
             path.parent.mkdir(exist_ok=True)
             grid.save(path)
             logger.info("Samples: %s", path)
@@ -570,6 +566,28 @@ def main(argv: list[str] | None = None) -> None:
                 if tracker.name in ("tensorboard", "wandb"):
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                     tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
+        return path
+
+    def save(step: int) -> None:
+        """The pipeline, a grid of its samples, its card, and where asked for all of it on the Hub."""
+        pipeline = averaged_pipeline(step)
+        if accelerator.is_main_process:
+            save_pipeline(pipeline, output_dir, raw_unet=None if ema is None else unet)
+        grid = save_grid(pipeline, step)
+        if accelerator.is_main_process:
+            card = model_card(
+                pipeline,
+                repository=hub.repository if hub else str(output_dir),
+                dataset=args.dataset_name or args.train_data_dir or "scikit-learn's handwritten digits",
+                num_inference_steps=args.num_inference_steps,
+                grid=str(grid.relative_to(output_dir)),
+                license=args.model_license,
+            )
+            card.save(output_dir / "README.md")
+            logger.info("Saved: %s", output_dir)
+            if hub:
+                hub.push(output_dir, f"Pipeline after {step} steps", grid)
+        accelerator.wait_for_everyone()
 
     log = TrainingLog(accelerator)
     stream = batches_from(first_step * args.gradient_accumulation_steps, loader, sampler)
@@ -621,26 +639,15 @@ def main(argv: list[str] | None = None) -> None:
                 raise FloatingPointError(f"the loss is {report['loss']} at step {step}; nothing was saved after it.")
         if checkpoint_due:
             save_checkpoint(accelerator, output_dir, step, unet, ema, run, args.checkpoints_total_limit)
-        if args.sample_steps and step % args.sample_steps == 0 and step < max_steps:
+        if step < max_steps and args.hub_steps and step % args.hub_steps == 0:
+            save(step)
+        elif step < max_steps and args.sample_steps and step % args.sample_steps == 0:
             save_grid(averaged_pipeline(step), step)
     progress.close()
 
-    last_step = max(first_step, max_steps)
-    pipeline = averaged_pipeline(last_step)
-    if accelerator.is_main_process:
-        save_pipeline(pipeline, output_dir, raw_unet=None if ema is None else unet)
-        card = model_card(
-            pipeline,
-            repository=repository or str(output_dir),
-            dataset=args.dataset_name or args.train_data_dir or "scikit-learn's handwritten digits",
-            num_inference_steps=args.num_inference_steps,
-        )
-        card.save(output_dir / "README.md")
-        logger.info("Saved: %s", output_dir)
-        if repository is not None:
-            upload(args, output_dir, repository)
-    save_grid(pipeline, last_step)
-    accelerator.wait_for_everyone()
+    save(max(first_step, max_steps))
+    if hub:
+        hub.report(output_dir)
     accelerator.end_training()
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi
 from torch import Tensor
 
 from .denoising import network_denoiser
 from .export import EDM_SAMPLING_RANGE, METADATA_KEY, process_from_config, stock_pipeline_class
+from .model_card import model_card
 from .noise import EDM, VE, VP, SchedulerProcess
 from .solvers import Discretization, sample_ode, sample_rk45
 
@@ -191,6 +195,42 @@ class STFPipeline(DiffusionPipeline):
         """Save as a pipeline of Diffusers' own classes, which plain Diffusers loads."""
         stock = stock_pipeline_class(self.unet, self.process)(unet=self.unet, scheduler=self.scheduler)
         stock.save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Upload pipeline",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        *,
+        dataset: str = "not stated",
+        license: str | None = None,
+    ) -> str:
+        """Upload as a pipeline of Diffusers' own classes, with a model card of how it was trained.
+
+        Args:
+            repo_id: repository, made where missing.
+            commit_message, private, token, create_pr: as elsewhere in Diffusers.
+            dataset, license: for the card.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        """
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if "steps" in self.scheduler.config.get(METADATA_KEY, {}):
+                card = model_card(self, repository=repository, dataset=dataset, num_inference_steps=35, license=license)
+                card.save(Path(folder) / "README.md")
+            commit = api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=commit_message, create_pr=create_pr
+            )
+        return commit.commit_url
 
 
 def process_of(scheduler: Any) -> EDM | VE | VP:

@@ -15,6 +15,8 @@ class Hub:
     def __init__(self, token="hf_secret"):
         self.token = token
         self.files, self.private, self.commits, self.requests = {}, {}, [], []
+        # Statuses to answer commits with before they are taken; 0 cuts the connection.
+        self.faults = []
 
     def revision(self, repository):
         return hashlib.sha1(repr(sorted(self.files[repository].items())).encode()).hexdigest()
@@ -61,6 +63,12 @@ def handler_for(hub):
                 return self.reply(200, {"files": files})
             if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/\w+", self.path):
                 repository = match[1]
+                if hub.faults:
+                    status = hub.faults.pop(0)
+                    if status == 0:
+                        self.close_connection = True
+                        return self.connection.close()
+                    return self.refuse(status, "Injected", f"injected fault {status}")
                 for line in body.splitlines():
                     entry = json.loads(line)
                     if entry["key"] == "header":

@@ -23,7 +23,8 @@ LAYERS = [
     {"plotting"},
     {"export", "scheduling_*"},
     {"sde"},
-    {"model_card", "pipeline_*"},
+    {"model_card"},
+    {"pipeline_*"},
 ]
 TORCH_ALONE = (
     "prediction",

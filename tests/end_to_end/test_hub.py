@@ -62,10 +62,12 @@ def test_push_and_load_back(run):
             "unet/config.json",
             "unet_raw/config.json",
         }
-        assert files == weights | configs, "the pipeline and its card, and nothing else"
+        grid = {"samples/step-0000002.png"}
+        assert files == weights | configs | grid, "the pipeline, its card and its grid, and nothing else"
         assert hub.private["somebody/blobs"]
         card = hub.files["somebody/blobs"]["README.md"].decode()
-        assert 'from_pretrained("somebody/blobs")' in card and "library_name: diffusers" in card
+        assert card.count('from_pretrained("somebody/blobs")') == 2 and "library_name: diffusers" in card
+        assert "(samples/step-0000002.png)" in card
         loaded = run(endpoint, script=LOAD)
         assert loaded.stdout.split() == ["ConsistencyModelPipeline", "2"], loaded.stderr[-2000:]
 
@@ -77,3 +79,68 @@ def test_a_refused_token_stops_the_run_before_it_starts(run, tmp_path):
     assert done.returncode != 0
     assert "Invalid credentials" in done.stderr
     assert not (tmp_path / "blobs").exists()
+
+
+def test_commits_at_chosen_steps_onto_an_existing_repository(run, tmp_path):
+    hub = Hub()
+    hub.files["somebody/blobs"], hub.private["somebody/blobs"] = {}, False
+    with serve(hub) as endpoint:
+        more = ["--hub_model_id", "somebody/blobs", "--hub_token", hub.token, "--hub_steps", 1]
+        assert run(endpoint, *more).returncode == 0
+        assert [message for _, message in hub.commits] == ["Pipeline after 1 steps", "Pipeline after 2 steps"]
+        more += ["--resume_from_checkpoint", "latest", "--max_train_steps", 3]
+        assert run(endpoint, *more).returncode == 0
+        assert hub.commits[-1] == ("somebody/blobs", "Pipeline after 3 steps")
+
+
+@pytest.mark.parametrize("fault", [500, 429, 409, 0])
+def test_an_upload_that_fails_is_tried_again(fault, tmp_path, monkeypatch, caplog):
+    (tmp_path / "README.md").write_text("card")
+    hub = Hub()
+    with serve(hub) as endpoint:
+        upload = uploader(endpoint, hub, monkeypatch)
+        hub.faults = [fault]
+        upload.push(tmp_path, "message", tmp_path / "samples" / "grid.png")
+        upload.report(tmp_path)
+    assert hub.files["somebody/blobs"]["README.md"] == b"card"
+    assert upload.failure is None and "NOT on the Hub" not in caplog.text
+
+
+@pytest.mark.parametrize("fault", [401, 403, 500])
+def test_an_upload_that_never_succeeds_is_reported_not_raised(fault, tmp_path, monkeypatch, caplog):
+    (tmp_path / "README.md").write_text("card")
+    hub = Hub()
+    with serve(hub) as endpoint:
+        upload = uploader(endpoint, hub, monkeypatch)
+        hub.faults = [fault] * 100
+        upload.push(tmp_path, "message", tmp_path / "samples" / "grid.png")
+        upload.report(tmp_path)
+    assert hub.files["somebody/blobs"] == {}
+    assert f"injected fault {fault}" in caplog.text and "NOT on the Hub" in caplog.text and "hf upload" in caplog.text
+
+
+def uploader(endpoint, hub, monkeypatch):
+    from hub_upload import HfApi, HubUpload
+
+    monkeypatch.setattr("hub_upload.HfApi", lambda token: HfApi(endpoint=endpoint, token=token))
+    return HubUpload("somebody/blobs", hub.token, private=True, first_delay=0.01)
+
+
+def test_a_pipeline_pushes_itself(tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
+
+    from stf_diffusers import STFPipeline
+    from stf_diffusers.export import diffusers_pipeline
+    from test_export import PROCESSES, small_unet
+
+    metadata = {"steps": 7, "images_seen": 70, "use_ema": True, "reference_batch_size": 4096}
+    stock = diffusers_pipeline(small_unet(), PROCESSES["ve"], metadata=metadata)
+    hub = Hub()
+    with serve(hub) as endpoint:
+        monkeypatch.setattr("stf_diffusers.pipeline_stf.HfApi", lambda token: HfApi(endpoint=endpoint, token=token))
+        pipeline = STFPipeline(stock.unet, stock.scheduler)
+        pipeline.push_to_hub("somebody/ve", private=True, token=hub.token, dataset="blobs", license="apache-2.0")
+    files = hub.files["somebody/ve"]
+    assert json.loads(files["model_index.json"])["_class_name"] == "DDPMPipeline" and hub.private["somebody/ve"]
+    card = files["README.md"].decode()
+    assert "license: apache-2.0" in card and "4,096" in card and "blobs" in card and "DDPMPipeline" not in card
