@@ -1,7 +1,6 @@
 """`STFPipeline`: the folder that plain Diffusers loads, sampled with the solvers that Diffusers lacks."""
 
-from __future__ import annotations
-
+# No deferred annotations here: Diffusers reads those of __init__ when it loads a folder.
 import os
 import tempfile
 from collections.abc import Callable, Sequence

@@ -122,6 +122,7 @@ def test_an_upload_that_never_succeeds_is_reported_not_raised(fault, tmp_path, m
 def uploader(endpoint, hub, monkeypatch):
     from hub_upload import HfApi, HubUpload
 
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     monkeypatch.setattr("hub_upload.HfApi", lambda token: HfApi(endpoint=endpoint, token=token))
     return HubUpload("somebody/blobs", hub.token, private=True, first_delay=0.01)
 
@@ -137,6 +138,7 @@ def test_a_pipeline_pushes_itself(tmp_path, monkeypatch):
     stock = diffusers_pipeline(small_unet(), PROCESSES["ve"], metadata=metadata)
     hub = Hub()
     with serve(hub) as endpoint:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         monkeypatch.setattr("stf_diffusers.pipeline_stf.HfApi", lambda token: HfApi(endpoint=endpoint, token=token))
         pipeline = STFPipeline(stock.unet, stock.scheduler)
         pipeline.push_to_hub("somebody/ve", private=True, token=hub.token, dataset="blobs", license="apache-2.0")
