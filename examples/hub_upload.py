@@ -16,15 +16,24 @@ ATTEMPTS = 3
 class HubUpload:
     """A repository on the Hub for the pipeline of a run.
 
-    Making the repository fails at once, before the training, where the token or the name is wrong. An upload that
-    fails is tried again, then reported; it never raises.
+    An upload that fails is tried again, then reported; it never raises.
+
+    Raises:
+        ValueError: when made, before the training: the Hub refuses the repository or cannot be reached.
     """
 
     def __init__(self, name: str, token: str | None, private: bool, first_delay: float = 2.0) -> None:
         self.api = HfApi(token=token)
-        self.repository = self.api.create_repo(name, private=private or None, exist_ok=True).repo_id
+        try:
+            self.repository = self.api.create_repo(name, private=private or None, exist_ok=True).repo_id
+        # The client's versions differ in their HTTP library and its errors.
+        except Exception as error:
+            raise ValueError(
+                f"--push_to_hub: the repository {name} cannot be made or opened. Check --hub_token (or `hf auth login`) "
+                f"and --hub_model_id, or train without --push_to_hub and upload afterwards. The client says: {error}"
+            ) from error
         self.first_delay = first_delay
-        self.failure: Exception | None = None
+        self.failure: str | None = None
 
     def push(self, folder: Path, message: str, grid: Path) -> None:
         """Commit the pipeline, its card and its sample grid; no checkpoints, no logs."""
@@ -45,8 +54,8 @@ class HubUpload:
                 )
             # Whatever goes wrong on the way to the Hub, the training is worth more.
             except Exception as error:
-                self.failure = error
-                logger.warning("Upload %d of %d to %s failed: %s", attempt + 1, ATTEMPTS, self.repository, error)
+                self.failure = f"{error} {error.__cause__ or ''}".strip()
+                logger.warning("Upload %d of %d to %s failed: %s", attempt + 1, ATTEMPTS, self.repository, self.failure)
             else:
                 self.failure = None
                 logger.info("Pushed to %s: %s.", self.repository, message)

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -35,23 +36,46 @@ def load_train_split(
     """The training split of a Hub data set, a local folder, a parquet file, or a folder of images.
 
     Raises:
-        ValueError: there is no split called "train".
+        ValueError: there is no split called "train", or no such data set.
     """
     if name is None and data_dir is None:
         return load_digits_dataset()
-    if name is None:
-        loaded = datasets.load_dataset("imagefolder", data_dir=data_dir, cache_dir=cache_dir)
-    elif Path(name).is_file():
-        loaded = datasets.load_dataset(Path(name).suffix.lstrip("."), data_files=name, cache_dir=cache_dir)
-    elif (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
-        loaded = datasets.load_from_disk(name)
-    else:
-        loaded = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+    try:
+        if name is None:
+            loaded = datasets.load_dataset("imagefolder", data_dir=data_dir, cache_dir=cache_dir)
+        elif Path(name).is_file():
+            loaded = datasets.load_dataset(Path(name).suffix.lstrip("."), data_files=name, cache_dir=cache_dir)
+        elif (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(with_owner(name), config_name, cache_dir=cache_dir)
+    # Anything may go wrong with files and servers; what goes wrong has to name the data set.
+    except Exception as error:
+        where = f"--train_data_dir {data_dir}" if name is None else f"--dataset_name {name}"
+        raise ValueError(f"{where} cannot be read: {error}") from error
     if isinstance(loaded, datasets.Dataset):
         return loaded
     if "train" not in loaded:
         raise ValueError(f"the data set has no 'train' split; it has {sorted(loaded)}. Rename one, or pass a folder.")
     return loaded["train"]
+
+
+def with_owner(name: str) -> str:
+    """A data set's name as Datasets can read it: the Hub still knows "cifar10", Datasets wants "uoft-cs/cifar10".
+
+    Raises:
+        ValueError: the Hub does not know the short name, or cannot be asked.
+    """
+    if "/" in name or Path(name).exists():
+        return name
+    try:
+        return HfApi().dataset_info(name).id
+    # The client's versions differ in their HTTP library and its errors.
+    except Exception as error:
+        raise ValueError(
+            f"there is no such file or folder, and no data set of this old name on the Hub: {error} Pass a path, or the "
+            f"owner too: owner/{name}."
+        ) from error
 
 
 def find_column(dataset: datasets.Dataset, kind: type, requested: str | None, flag: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A local server that speaks as much of the Hub's API as `huggingface_hub` needs to push and load a repository."""
+"""A local server that speaks as much of the Hub's API as pushing and loading models and data sets needs."""
 
 import base64
 import hashlib
@@ -8,15 +8,26 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+# What stands before a repository's name in addresses of the API ("models/", "datasets/") and of files ("", "datasets/").
+API = r"/api/(models/|datasets/)([^/]+(?:/[^/]+)??)"
+
 
 class Hub:
-    """Repositories in memory: `files[repository][path]` is the content, `commits` the (repository, message) pairs."""
+    """Repositories in memory.
+
+    `files[repository][path]` is the content, where data sets are named "datasets/user/name"; `commits` are the
+    (repository, message) pairs, `stored` the contents in large file storage by their SHA-256, `moved` the new names of
+    repositories that were renamed.
+    """
 
     def __init__(self, token="hf_secret"):
         self.token = token
         self.files, self.private, self.commits, self.requests = {}, {}, [], []
-        # Statuses to answer commits with before they are taken; 0 cuts the connection.
-        self.faults = []
+        self.stored, self.moved = {}, {}
+        # Statuses to answer the next requests to "create", "commit" or "store" with; 0 cuts the connection.
+        self.faults = {}
+        # The status with which each request for a repository is answered.
+        self.broken = {}
 
     def revision(self, repository):
         return hashlib.sha1(repr(sorted(self.files[repository].items())).encode()).hexdigest()
@@ -28,6 +39,10 @@ def handler_for(hub):
 
         def log_message(self, *args):
             pass
+
+        @property
+        def address(self):
+            return f"http://{self.headers['Host']}"
 
         def reply(self, status, body=b"", **headers):
             body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -41,73 +56,157 @@ def handler_for(hub):
         def refuse(self, status, code, message):
             self.reply(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
 
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        def failed(self, kind):
+            """Answer with the next injected fault of this kind, if there is one."""
+            if hub.faults.get(kind):
+                self.fail(hub.faults[kind].pop(0))
+                return True
+            return False
+
+        def fail(self, status):
+            if status == 0:
+                self.close_connection = True
+                self.connection.close()
+            else:
+                self.refuse(status, "Injected", f"injected fault {status}")
+
+        def redirected(self, prefix, name):
+            """Send the client on where the repository has another name by now."""
+            if name not in hub.moved:
+                return False
+            self.reply(307, Location=self.path.replace(f"{prefix}{name}", f"{prefix}{hub.moved[name]}", 1))
+            return True
+
+        def body(self):
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            content = b""
+            while size := int(self.rfile.readline(), 16):
+                content += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return content
+
+        def do_PUT(self):
+            body = self.body()
             hub.requests.append((self.command, self.path))
+            if self.failed("store"):
+                return None
+            oid = self.path.rsplit("/", 1)[1]
+            if hashlib.sha256(body).hexdigest() != oid:
+                return self.refuse(400, "BadDigest", "content does not match its digest")
+            hub.stored[oid] = body
+            return self.reply(200)
+
+        def do_POST(self):
+            body = self.body()
+            hub.requests.append((self.command, self.path))
+            path = self.path.split("?")[0]
+            if match := re.fullmatch(f"{API}/paths-info/[^/]+", path):
+                prefix, name = match[1], match[2]
+                if self.redirected(prefix, name):
+                    return None
+                files = hub.files.get(prefix.replace("models/", "") + name, {})
+                wanted = re.findall(r"paths=([^&]+)", body.decode()) or json.loads(body)["paths"]
+                return self.reply(200, [self.entry(each, files[each]) for each in wanted if each in files])
             if self.headers.get("Authorization") != f"Bearer {hub.token}":
                 return self.refuse(401, "Unauthorized", "Invalid credentials in Authorization header")
-            if self.path == "/api/repos/create":
+            if path == "/api/repos/create":
+                if self.failed("create"):
+                    return None
                 wanted = json.loads(body)
                 name = f"{wanted.get('organization') or 'somebody'}/{wanted['name']}"
                 if name in hub.files:
-                    return self.reply(409, {"error": "exists", "url": f"http://{self.headers['Host']}/{name}"})
+                    return self.reply(409, {"error": "exists", "url": f"{self.address}/{name}"})
                 hub.files[name], hub.private[name] = {}, wanted.get("private") or wanted.get("visibility") == "private"
-                return self.reply(200, {"url": f"http://{self.headers['Host']}/{name}", "id": name, "name": name})
-            if self.path == "/api/validate-yaml":
+                return self.reply(200, {"url": f"{self.address}/{name}", "id": name, "name": name})
+            if path == "/api/validate-yaml":
                 return self.reply(200, {"errors": [], "warnings": []})
-            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/\w+", self.path):
-                files = [
-                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
-                    for f in json.loads(body)["files"]
+            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/\w+", path):
+                # As the Hub does: weights and pictures go to large file storage.
+                modes = {True: "lfs", False: "regular"}
+                answer = [
+                    {
+                        "path": file["path"],
+                        "uploadMode": modes[file["path"].endswith((".safetensors", ".png"))],
+                        "shouldIgnore": False,
+                    }
+                    for file in json.loads(body)["files"]
                 ]
-                return self.reply(200, {"files": files})
-            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/\w+", self.path):
-                repository = match[1]
-                if hub.faults:
-                    status = hub.faults.pop(0)
-                    if status == 0:
-                        self.close_connection = True
-                        return self.connection.close()
-                    return self.refuse(status, "Injected", f"injected fault {status}")
-                for line in body.splitlines():
-                    entry = json.loads(line)
-                    if entry["key"] == "header":
-                        hub.commits.append((repository, entry["value"]["summary"]))
-                    elif entry["key"] == "file":
-                        hub.files[repository][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-                oid = hub.revision(repository)
-                url = f"http://{self.headers['Host']}/{repository}/commit/{oid}"
-                return self.reply(200, {"success": True, "commitOid": oid, "commitUrl": url})
-            return self.refuse(404, "EntryNotFound", self.path)
+                return self.reply(200, {"files": answer})
+            if path.endswith(".git/info/lfs/objects/batch"):
+                objects = [{"oid": each["oid"], "size": each["size"]} for each in json.loads(body)["objects"]]
+                for each in objects:
+                    if each["oid"] not in hub.stored:
+                        each["actions"] = {"upload": {"href": f"{self.address}/storage/{each['oid']}", "header": {}}}
+                return self.reply(200, {"transfer": "basic", "objects": objects})
+            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/\w+", path):
+                if self.failed("commit"):
+                    return None
+                return self.commit(match[1], body)
+            return self.refuse(404, "EntryNotFound", path)
+
+        def commit(self, repository, body):
+            added = {}
+            for line in body.splitlines():
+                entry = json.loads(line)
+                value = entry["value"]
+                if entry["key"] == "header":
+                    message = value["summary"]
+                elif entry["key"] == "file":
+                    added[value["path"]] = base64.b64decode(value["content"])
+                elif value["oid"] not in hub.stored:
+                    return self.refuse(400, "LfsMissing", f"{value['path']} was not uploaded")
+                else:
+                    added[value["path"]] = hub.stored[value["oid"]]
+            hub.files[repository] |= added
+            hub.commits.append((repository, message))
+            oid = hub.revision(repository)
+            url = f"{self.address}/{repository}/commit/{oid}"
+            return self.reply(200, {"success": True, "commitOid": oid, "commitUrl": url})
+
+        @staticmethod
+        def entry(path, content):
+            return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
         def do_GET(self):
             hub.requests.append((self.command, self.path))
             path = self.path.split("?")[0]
-            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/\w+|/tree/\w+)?", path):
-                repository = match[1]
-                if repository not in hub.files:
-                    return self.refuse(404, "RepoNotFound", f"{repository} not found")
-                files = hub.files[repository]
-                if (match[2] or "").startswith("/tree/"):
-                    tree = [
-                        {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                        for name, content in files.items()
-                    ]
-                    return self.reply(200, tree)
-                info = {
-                    "id": repository, "modelId": repository, "sha": hub.revision(repository), "tags": [],
-                    "private": hub.private[repository], "siblings": [{"rfilename": name} for name in files],
-                }  # fmt: skip
-                return self.reply(200, info)
-            if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/\w+/(.+)", path):
-                content = hub.files.get(match[1], {}).get(match[2])
+            for name, status in hub.broken.items():
+                if name in path:
+                    return self.fail(status)
+            if match := re.fullmatch(f"{API}(/revision/[^/]+|/tree/[^/]+(?:/(.*))?)?", path):
+                prefix, name, what, folder = match.groups()
+                if self.redirected(prefix, name):
+                    return None
+                return self.describe(prefix.replace("models/", ""), name, what or "", folder or "")
+            if match := re.fullmatch(r"/(datasets/)?([^/]+(?:/[^/]+)??)/resolve/[^/]+/(.+)", path):
+                prefix, name, file = match[1] or "", match[2], match[3]
+                if self.redirected(prefix, name):
+                    return None
+                content = hub.files.get(prefix + name, {}).get(file)
                 if content is None:
-                    return self.refuse(404, "EntryNotFound", f"{match[2]} not found")
+                    return self.refuse(404, "EntryNotFound", f"{file} not found")
                 etag = f'"{hashlib.sha1(content).hexdigest()}"'
-                return self.reply(200, content, X_Repo_Commit=hub.revision(match[1]), ETag=etag)
+                return self.reply(200, content, X_Repo_Commit=hub.revision(prefix + name), ETag=etag)
             return self.refuse(404, "EntryNotFound", path)
 
         do_HEAD = do_GET
+
+        def describe(self, prefix, name, what, folder):
+            files = hub.files.get(prefix + name)
+            if files is None:
+                return self.refuse(404, "RepoNotFound", f"{prefix}{name} not found")
+            if what.startswith("/tree/"):
+                inside = {path: content for path, content in files.items() if path.startswith(folder)}
+                directories = {path.rsplit("/", 1)[0] for path in inside if "/" in path} - {folder}
+                tree = [{"type": "directory", "path": each, "size": 0, "oid": "0" * 40} for each in sorted(directories)]
+                return self.reply(200, tree + [self.entry(*each) for each in inside.items()])
+            info = {
+                "_id": "0", "id": name, "modelId": name, "sha": hub.revision(prefix + name), "tags": [],
+                "private": hub.private.get(prefix + name, False), "siblings": [{"rfilename": path} for path in files],
+            }  # fmt: skip
+            return self.reply(200, info)
 
     return Handler
 

@@ -1,14 +1,19 @@
 """Pushing a trained pipeline with the real client to a local server that speaks the Hub's API, and loading it back."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 
+import datasets
+import numpy as np
 import pytest
+from PIL import Image
 
 from conftest import EXAMPLES, ROOT
 from hub_server import Hub, serve
+from stf_diffusers.export import read_metadata
 
 TINY = {
     "_class_name": "UNet2DModel", "block_out_channels": [8, 8], "down_block_types": ["DownBlock2D", "DownBlock2D"],
@@ -77,8 +82,74 @@ def test_a_refused_token_stops_the_run_before_it_starts(run, tmp_path):
     with serve(hub) as endpoint:
         done = run(endpoint, "--hub_model_id", "somebody/blobs", "--hub_token", "wrong")
     assert done.returncode != 0
-    assert "Invalid credentials" in done.stderr
+    assert "Invalid credentials" in done.stderr and "--hub_token" in done.stderr
     assert not (tmp_path / "blobs").exists()
+
+
+@pytest.mark.parametrize("fault", [401, 403, 429, 500, 0])
+def test_a_repository_that_cannot_be_made_says_what_to_do(fault, monkeypatch):
+    hub = Hub()
+    hub.faults["create"] = [fault] * 100
+    with serve(hub) as endpoint:
+        with pytest.raises(ValueError, match=r"somebody/blobs cannot be made or opened.*--hub_token"):
+            uploader(endpoint, hub, monkeypatch)
+
+
+def cifar10_like(num_train):
+    """Files of a repository of a data set with the columns, the folders and the classes of CIFAR-10."""
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list("abcdefghij"))})
+    draw = np.random.default_rng(0)
+    files = {"README.md": b"---\nlicense: unknown\n---\n# Like CIFAR-10\n"}
+    for split, length in (("train", num_train), ("test", 4)):
+        images = [Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(length)]
+        columns = {"img": images, "label": [row % 10 for row in range(length)]}
+        buffer = io.BytesIO()
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(buffer)
+        files[f"plain_text/{split}-00000-of-00001.parquet"] = buffer.getvalue()
+    return files
+
+
+def test_trains_on_a_data_set_of_the_hub_by_its_old_name(run, tmp_path):
+    hub = Hub()
+    hub.files["datasets/uoft-cs/cifar10"] = cifar10_like(num_train=12)
+    hub.moved["cifar10"] = "uoft-cs/cifar10"
+    arguments = [
+        "--dataset_name", "cifar10", "--model_config", tmp_path / "net.json", "--output_dir", tmp_path / "out",
+        "--train_batch_size", 4, "--max_train_steps", 2, "--num_samples", 1, "--num_inference_steps", 2,
+        "--report_to", "none", "--class_conditional",
+    ]  # fmt: skip
+    with serve(hub) as endpoint:
+        done = run(endpoint, *arguments, script=EXAMPLES / "train_unconditional_stf.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "12 images of (3, 32, 32)" in done.stderr
+    metadata = read_metadata(tmp_path / "out")
+    assert (metadata["num_images"], metadata["num_classes"]) == (12, 10)
+
+
+LOAD_DATA = f"""
+import sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+from image_data import load_train_split
+for name in sys.argv[1:]:
+    try:
+        load_train_split(name)
+    except Exception as error:
+        print(name, "|", type(error).__name__, "|", str(error).replace(chr(10), " "))
+"""
+
+
+def test_a_data_set_that_cannot_be_read_is_named(run):
+    hub = Hub()
+    faults = [401, 403, 404, 500, 0]
+    hub.broken = {f"somebody/answers-{fault}": fault for fault in faults} | {"/short": 500}
+    with serve(hub) as endpoint:
+        done = run(endpoint, *(f"somebody/answers-{fault}" for fault in faults), "short", "unheard-of", script=LOAD_DATA)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(faults) + 2, done.stderr[-2000:]
+    for line in lines:
+        name, _, message = line.split(" | ")
+        assert name in message, line
+    assert "owner/unheard-of" in lines[-1]
 
 
 def test_commits_at_chosen_steps_onto_an_existing_repository(run, tmp_path):
@@ -93,26 +164,34 @@ def test_commits_at_chosen_steps_onto_an_existing_repository(run, tmp_path):
         assert hub.commits[-1] == ("somebody/blobs", "Pipeline after 3 steps")
 
 
+@pytest.mark.parametrize("where", ["commit", "store"])
 @pytest.mark.parametrize("fault", [500, 429, 409, 0])
-def test_an_upload_that_fails_is_tried_again(fault, tmp_path, monkeypatch, caplog):
+def test_an_upload_that_fails_is_tried_again(fault, where, tmp_path, monkeypatch, caplog):
     (tmp_path / "README.md").write_text("card")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "grid.png").write_bytes(b"picture")
     hub = Hub()
     with serve(hub) as endpoint:
         upload = uploader(endpoint, hub, monkeypatch)
-        hub.faults = [fault]
+        hub.faults[where] = [fault]
         upload.push(tmp_path, "message", tmp_path / "samples" / "grid.png")
         upload.report(tmp_path)
-    assert hub.files["somebody/blobs"]["README.md"] == b"card"
+    assert hub.files["somebody/blobs"] == {"README.md": b"card", "samples/grid.png": b"picture"}
     assert upload.failure is None and "NOT on the Hub" not in caplog.text
 
 
-@pytest.mark.parametrize("fault", [401, 403, 500])
-def test_an_upload_that_never_succeeds_is_reported_not_raised(fault, tmp_path, monkeypatch, caplog):
+# The client itself tries storing again for half a minute after each 500.
+@pytest.mark.parametrize(
+    "fault, where", [(401, "commit"), (403, "commit"), (500, "commit"), (401, "store"), (403, "store")]
+)
+def test_an_upload_that_never_succeeds_is_reported_not_raised(fault, where, tmp_path, monkeypatch, caplog):
     (tmp_path / "README.md").write_text("card")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "grid.png").write_bytes(b"picture")
     hub = Hub()
     with serve(hub) as endpoint:
         upload = uploader(endpoint, hub, monkeypatch)
-        hub.faults = [fault] * 100
+        hub.faults[where] = [fault] * 100
         upload.push(tmp_path, "message", tmp_path / "samples" / "grid.png")
         upload.report(tmp_path)
     assert hub.files["somebody/blobs"] == {}
@@ -123,6 +202,7 @@ def uploader(endpoint, hub, monkeypatch):
     from hub_upload import HfApi, HubUpload
 
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("hub_upload.HfApi", lambda token: HfApi(endpoint=endpoint, token=token))
     return HubUpload("somebody/blobs", hub.token, private=True, first_delay=0.01)
 
@@ -139,6 +219,7 @@ def test_a_pipeline_pushes_itself(tmp_path, monkeypatch):
     hub = Hub()
     with serve(hub) as endpoint:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("stf_diffusers.pipeline_stf.HfApi", lambda token: HfApi(endpoint=endpoint, token=token))
         pipeline = STFPipeline(stock.unet, stock.scheduler)
         pipeline.push_to_hub("somebody/ve", private=True, token=hub.token, dataset="blobs", license="apache-2.0")
