@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 		--num_cpu_threads_per_process $(THREADS) examples/train_unconditional_stf.py @examples/configs/digits_demo.txt --output_dir digits-stf --overwrite_output_dir
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

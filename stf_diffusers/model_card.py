@@ -41,7 +41,7 @@ from stf_diffusers import STFPipeline
 pipe = STFPipeline.from_pretrained("{repository}")
 images = pipe(batch_size=4, num_inference_steps=18{labels}).images
 ```
-{picture}
+{picture}{measured}
 ## Citation
 
 ```bibtex
@@ -70,6 +70,7 @@ def model_card(
     num_inference_steps: int,
     grid: str | None = None,
     license: str | None = None,
+    metrics: dict[str, float] | None = None,
 ) -> ModelCard:
     """The card of a pipeline made by `diffusers_pipeline`, from the metadata in its scheduler.
 
@@ -80,6 +81,8 @@ def model_card(
         num_inference_steps: number of sampling steps shown.
         grid: path of a sample grid beside the card, to be shown in it.
         license: an identifier the Hub knows. None: no licence is claimed.
+        metrics: what was measured on samples, by names that say how: "Fréchet distance, DINOv2 features, 50,000 samples
+            (Heun, 18 steps, seeds 0 to 49,999) against the training split".
     """
     metadata: dict[str, Any] = pipeline.scheduler.config[METADATA_KEY]
     process = dict(metadata["process"])
@@ -113,6 +116,9 @@ def model_card(
             steps=num_inference_steps,
             labels=", class_labels=[0, 1, 2, 3]" if conditional else "",
             advice=_ADVICE[stock_pipeline_class(pipeline.unet, process_from_config(metadata["process"])).__name__],
+            measured="\n## Measured\n\n| | |\n|---|---|\n" + "".join(f"| {k} | {v:.4g} |\n" for k, v in metrics.items())
+            if metrics
+            else "",
             picture=f"\n## Samples\n\n![Samples, not selected]({grid})\n" if grid else "",
         ),
         ignore_metadata_errors=False,

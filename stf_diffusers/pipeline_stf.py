@@ -205,13 +205,14 @@ class STFPipeline(DiffusionPipeline):
         *,
         dataset: str = "not stated",
         license: str | None = None,
+        metrics: dict[str, float] | None = None,
     ) -> str:
         """Upload as a pipeline of Diffusers' own classes, with a model card of how it was trained.
 
         Args:
             repo_id: repository, made where missing.
             commit_message, private, token, create_pr: as elsewhere in Diffusers.
-            dataset, license: for the card.
+            dataset, license, metrics: for the card, as in `model_card`.
 
         Returns:
             The address of the commit.
@@ -224,7 +225,14 @@ class STFPipeline(DiffusionPipeline):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             if "steps" in self.scheduler.config.get(METADATA_KEY, {}):
-                card = model_card(self, repository=repository, dataset=dataset, num_inference_steps=35, license=license)
+                card = model_card(
+                    self,
+                    repository=repository,
+                    dataset=dataset,
+                    num_inference_steps=35,
+                    license=license,
+                    metrics=metrics,
+                )
                 card.save(Path(folder) / "README.md")
             commit = api.upload_folder(
                 repo_id=repository, folder_path=folder, commit_message=commit_message, create_pr=create_pr

@@ -90,9 +90,9 @@ def test_a_refused_token_stops_the_run_before_it_starts(run, tmp_path):
 def test_a_repository_that_cannot_be_made_says_what_to_do(fault, monkeypatch):
     hub = Hub()
     hub.faults["create"] = [fault] * 100
-    with serve(hub) as endpoint:
-        with pytest.raises(ValueError, match=r"somebody/blobs cannot be made or opened.*--hub_token"):
-            uploader(endpoint, hub, monkeypatch)
+    refused = pytest.raises(ValueError, match=r"somebody/blobs cannot be made or opened.*--hub_token")
+    with serve(hub) as endpoint, refused:
+        uploader(endpoint, hub, monkeypatch)
 
 
 def cifar10_like(num_train):
@@ -143,7 +143,9 @@ def test_a_data_set_that_cannot_be_read_is_named(run):
     faults = [401, 403, 404, 500, 0]
     hub.broken = {f"somebody/answers-{fault}": fault for fault in faults} | {"/short": 500}
     with serve(hub) as endpoint:
-        done = run(endpoint, *(f"somebody/answers-{fault}" for fault in faults), "short", "unheard-of", script=LOAD_DATA)
+        done = run(
+            endpoint, *(f"somebody/answers-{fault}" for fault in faults), "short", "unheard-of", script=LOAD_DATA
+        )
     lines = done.stdout.splitlines()
     assert len(lines) == len(faults) + 2, done.stderr[-2000:]
     for line in lines:
@@ -222,8 +224,16 @@ def test_a_pipeline_pushes_itself(tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("stf_diffusers.pipeline_stf.HfApi", lambda token: HfApi(endpoint=endpoint, token=token))
         pipeline = STFPipeline(stock.unet, stock.scheduler)
-        pipeline.push_to_hub("somebody/ve", private=True, token=hub.token, dataset="blobs", license="apache-2.0")
+        pipeline.push_to_hub(
+            "somebody/ve",
+            private=True,
+            token=hub.token,
+            dataset="blobs",
+            license="apache-2.0",
+            metrics={"Fréchet distance of 64 samples": 12.34567},
+        )
     files = hub.files["somebody/ve"]
     assert json.loads(files["model_index.json"])["_class_name"] == "DDPMPipeline" and hub.private["somebody/ve"]
     card = files["README.md"].decode()
+    assert "| Fréchet distance of 64 samples | 12.35 |" in card
     assert "license: apache-2.0" in card and "4,096" in card and "blobs" in card and "DDPMPipeline" not in card

@@ -1,0 +1,117 @@
+"""Every process, number of channels and kind of condition: two steps of training, then the folder in other hands."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from test_training import TINY
+
+import train_unconditional_stf as script
+from conftest import ROOT
+from stf_diffusers import STFPipeline
+
+# One process trains and keeps the folders for all the tests of this file.
+pytestmark = pytest.mark.xdist_group("trained_folders")
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+RUNS = [
+    (process, channels, conditional)
+    for process in ("edm", "ve", "vp")
+    for channels in MODES
+    for conditional in (False, True)
+]
+SEED, STEPS = 5, 12
+
+# Samples each folder with the generators of the training script's grid, where stf_diffusers cannot be imported.
+PLAIN_DIFFUSERS = """
+import json, sys
+sys.modules["stf_diffusers"] = None
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+folders, seeds, steps = json.loads(sys.argv[1])
+for folder in folders:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    labels = {} if pipe.unet.config.num_class_embeds is None else {"class_labels": [0, 1]}
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    images = pipe(batch_size=2, generator=generators, num_inference_steps=steps, output_type="np", **labels).images
+    np.save(folder + "/plain.npy", images)
+assert not [name for name in sys.modules if name.startswith("stf_diffusers.")]
+"""
+
+
+@pytest.fixture(scope="module")
+def seeds():
+    return [script.seed_for(SEED, index) for index in range(2)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, image_folder, seeds):
+    """All the runs, trained in this process by the script and sampled in another by plain Diffusers."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "net.json").write_text(json.dumps(TINY))
+    found = {}
+    for process, channels, conditional in RUNS:
+        found[process, channels, conditional] = folder = root / f"{process}-{channels}-{conditional}"
+        flags = [
+            "--train_data_dir", image_folder, "--model_config", root / "net.json", "--output_dir", folder,
+            "--noise_process", process, "--image_mode", MODES[channels], "--train_batch_size", 4, "--seed", SEED,
+            "--max_train_steps", 2, "--num_samples", 2, "--num_inference_steps", STEPS, "--report_to", "none",
+        ]  # fmt: skip
+        script.main([str(flag) for flag in flags] + ["--class_conditional"] * conditional)
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+    arguments = json.dumps([[str(folder) for folder in found.values()], seeds, STEPS])
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_DIFFUSERS, arguments], cwd=ROOT.parent, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return found
+
+
+def grid_of(folder):
+    """The two images of the grid that the training saved, (2, 8, 8, 3) uint8, from its eightfold enlargement."""
+    pixels = np.asarray(Image.open(folder / "samples" / "step-0000002.png"))[::8, ::8]
+    return np.stack([pixels[:, :8], pixels[:, 8:16]])
+
+
+def as_grid(images):
+    """Images (2, 8, 8, C) in [0, 1] as the grid shows them: three channels, without alpha."""
+    levels = np.rint(images * 255).astype(int)[..., :3]
+    return np.broadcast_to(levels, (2, 8, 8, 3))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(map(str, run)))
+def test_all_readers_give_the_images_of_the_training_script(run, folders, seeds):
+    _, channels, conditional = run
+    folder = folders[run]
+    plain = np.load(folder / "plain.npy")
+    assert plain.shape == (2, 8, 8, channels)
+    assert np.abs(as_grid(plain) - grid_of(folder)).max() <= 1, "plain Diffusers against the training script"
+
+    pipeline = STFPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    labels = {"class_labels": [0, 1]} if conditional else {}
+
+    def sample(solver, steps):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        output = pipeline(2, steps, solver=solver, generator=generators, output_type="np", **labels)
+        return output.images
+
+    assert np.abs(sample("scheduler", STEPS) - plain).max() < 1e-4, "STFPipeline with the saved scheduler"
+    # Other solver, other steps, same flow: both converge to it.
+    assert np.sqrt(np.mean((sample("heun", 60) - sample("scheduler", 120)) ** 2)) < 0.01
+
+
+def test_the_flow_is_not_trivial(folders):
+    """The runs above compare pictures that differ between images and are not all black and white."""
+    for (process, *_), folder in folders.items():
+        images = np.load(folder / "plain.npy")
+        assert np.abs(images[0] - images[1]).mean() > 0.1
+        if process == "edm":
+            assert np.mean((images > 0.01) & (images < 0.99)) > 0.5
