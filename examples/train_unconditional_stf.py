@@ -307,7 +307,7 @@ def build_unet(args: argparse.Namespace, reader: ImageReader, num_classes: int |
     """
     if args.pretrained_model_name_or_path:
         unet = UNet2DModel.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="unet", cache_dir=args.cache_dir
+            args.pretrained_model_name_or_path, subfolder="unet", cache_dir=args.cache_dir, use_safetensors=True
         )
     else:
         preset = "digits_12" if reader.resolution <= 16 else "cifar10_32" if reader.resolution <= 32 else "celeba_64"

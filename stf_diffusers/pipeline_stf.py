@@ -56,6 +56,18 @@ class STFPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self.process = process_of(scheduler)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "STFPipeline":
+        """As `DiffusionPipeline.from_pretrained`, except that weights are read from safetensors only.
+
+        Raises:
+            ValueError: ``use_safetensors=False``: other weight files are pickles, which run code when loaded.
+            OSError: there is no such pipeline, or its weights are not in safetensors.
+        """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError("use_safetensors=False would load pickles. Save the weights as safetensors once instead.")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     @torch.no_grad()
     def __call__(
         self,
