@@ -4,16 +4,21 @@
     accelerate launch examples/generate.py --model digits-stf --output_dir digits-samples --num_images 50000
 
 Image k is a function of the model, the settings and seed + k alone: not of the batch size, the number of processes or
-of interruptions. Each is written as one PNG file, complete or not at all; `--npz` packs them into one array at the end.
+of interruptions (with `--solver rk45` up to a multiple of its tolerance). Each is written as one PNG file, complete or
+not at all (a .npy array where there are not 1, 3 or 4 channels); `--npz` packs them into one array at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +28,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from stf_diffusers import STFPipeline
+from stf_diffusers.export import METADATA_KEY
 
 SETTINGS = "settings.json"
 
@@ -48,18 +54,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def image_path(folder: Path, index: int) -> Path:
-    return folder / "images" / f"{index:06d}.png"
+def image_path(folder: Path, index: int, suffix: str = ".png") -> Path:
+    return folder / "images" / f"{index:06d}{suffix}"
 
 
-def check_settings(args: argparse.Namespace) -> dict[str, object]:
+def fingerprint(pipeline: STFPipeline) -> str:
+    """A digest of the weights and the scheduler: what a model is, wherever it lies."""
+    digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    for name, value in sorted(pipeline.unet.state_dict().items()):
+        digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_folder(args: argparse.Namespace, model: str) -> dict[str, object]:
     """What decides an image; a folder begun with other settings is refused.
 
     Raises:
-        ValueError: the folder holds images of another model or of other settings.
+        ValueError: the folder holds images of another model, of other settings, or more than are asked for.
     """
-    names = ("model", "seed", "num_inference_steps", "solver", "class_label", "guidance_scale")
-    settings = {name: getattr(args, name) for name in names}
+    names = ("seed", "num_inference_steps", "solver", "class_label", "guidance_scale")
+    settings = {"model": model, **{name: getattr(args, name) for name in names}}
     path = args.output_dir / SETTINGS
     if path.is_file() and (before := json.loads(path.read_text())) != settings:
         differing = [
@@ -70,28 +84,53 @@ def check_settings(args: argparse.Namespace) -> dict[str, object]:
         raise ValueError(
             f"{args.output_dir} was begun with other settings: {'; '.join(differing)}. Choose another folder."
         )
+    found = sorted((args.output_dir / "images").glob("[0-9]*[0-9].*"))
+    if found and int(found[-1].stem) >= args.num_images:
+        raise ValueError(
+            f"{args.output_dir} holds images beyond the {args.num_images} asked for, up to {found[-1].name}. Raise "
+            "--num_images, or choose another folder."
+        )
     return settings
+
+
+def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have `path` written complete or not at all."""
+    aside = path.with_name(f".partial-{path.name}")
+    write(aside)
+    os.replace(aside, path)
+
+
+def read(path: Path) -> np.ndarray:
+    return np.load(path) if path.suffix == ".npy" else np.asarray(Image.open(path))
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     state = PartialState()
-    settings = check_settings(args)
     pipeline = STFPipeline.from_pretrained(args.model).to(state.device)
     pipeline.set_progress_bar_config(disable=True)
-    classes = pipeline.unet.config["num_class_embeds"]
-    if args.class_label is not None and (classes is None or not 0 <= args.class_label < classes):
-        raise ValueError(f"--class_label {args.class_label}: the model knows {classes or 'no'} classes.")
+    null_label = pipeline.scheduler.config.get(METADATA_KEY, {}).get("null_label")
+    classes = [label for label in range(pipeline.unet.config["num_class_embeds"] or 0) if label != null_label]
+    if args.class_label is not None and args.class_label not in classes:
+        raise ValueError(f"--class_label {args.class_label}: the model knows {len(classes) or 'no'} classes.")
+    if args.guidance_scale != 1 and null_label is None:
+        raise ValueError("--guidance_scale needs a model that was trained with a dropped condition; this one was not.")
+    settings = check_folder(args, fingerprint(pipeline))
+    suffix = ".png" if pipeline.unet.config["in_channels"] in (1, 3, 4) else ".npy"
+    missing = [index for index in range(args.num_images) if not image_path(args.output_dir, index, suffix).exists()]
+    state.wait_for_everyone()  # every process has looked before one writes
     if state.is_main_process:
         (args.output_dir / "images").mkdir(parents=True, exist_ok=True)
-        (args.output_dir / SETTINGS).write_text(json.dumps(settings, indent=2))
+        write_aside(args.output_dir / SETTINGS, partial(Path.write_text, data=json.dumps(settings, indent=2)))
+        if missing:
+            (args.output_dir / "samples.npz").unlink(missing_ok=True)
     state.wait_for_everyone()
 
     def label(index: int) -> int:
-        return args.class_label if args.class_label is not None else (args.seed + index) % (classes or 1)
+        if args.class_label is not None:
+            return int(args.class_label)
+        return classes[(args.seed + index) % len(classes)] if classes else 0
 
-    missing = [index for index in range(args.num_images) if not image_path(args.output_dir, index).exists()]
-    state.wait_for_everyone()  # every process has looked before one writes
     mine = missing[state.process_index :: state.num_processes]
     progress = tqdm(total=len(mine), desc="Generating", unit="image", disable=not state.is_local_main_process)
     for start in range(0, len(mine), args.batch_size):
@@ -99,30 +138,32 @@ def main(argv: list[str] | None = None) -> None:
         images = pipeline(
             batch_size=len(indices),
             num_inference_steps=args.num_inference_steps,
-            class_labels=None if classes is None else [label(index) for index in indices],
+            class_labels=[label(index) for index in indices] if classes else None,
             guidance_scale=args.guidance_scale,
             solver=args.solver,
             generator=[torch.Generator().manual_seed(args.seed + index) for index in indices],
+            output_type="pil" if suffix == ".png" else "np",
         ).images
         for index, image in zip(indices, images, strict=True):
-            path = image_path(args.output_dir, index)
-            partial = path.with_suffix(".partial")
-            image.save(partial, format="PNG")
-            os.replace(partial, path)
+            path = image_path(args.output_dir, index, suffix)
+            if isinstance(image, Image.Image):
+                write_aside(path, partial(image.save, format="PNG"))
+            else:
+                write_aside(path, partial(np.save, arr=np.rint(image * 255).astype(np.uint8)))
         progress.update(len(indices))
     progress.close()
     state.wait_for_everyone()
     if state.is_main_process:
-        count = min(64, args.num_images)
-        columns = math.isqrt(count)
-        shown = [Image.open(image_path(args.output_dir, index)) for index in range(columns * columns)]
-        make_image_grid(shown, columns, columns).save(args.output_dir / "grid.png")
+        paths = [image_path(args.output_dir, index, suffix) for index in range(args.num_images)]
+        if suffix == ".png":
+            columns = math.isqrt(min(64, args.num_images))
+            shown = [Image.open(path) for path in paths[: columns * columns]]
+            make_image_grid(shown, columns, columns).save(args.output_dir / "grid.png")
         if args.npz:
-            arrays = [np.asarray(Image.open(image_path(args.output_dir, index))) for index in range(args.num_images)]
+            arrays = [read(path) for path in paths]
             packed = np.stack(arrays).reshape(args.num_images, *arrays[0].shape[:2], -1)
             labels = np.array([label(index) for index in range(args.num_images)])
-            np.savez(args.output_dir / ".partial.npz", images=packed, labels=labels)
-            os.replace(args.output_dir / ".partial.npz", args.output_dir / "samples.npz")
+            write_aside(args.output_dir / "samples.npz", partial(np.savez, images=packed, labels=labels))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import queue
+import shutil
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -11,12 +16,14 @@ from huggingface_hub import HfApi
 logger = logging.getLogger("train_unconditional_stf")
 
 ATTEMPTS = 3
+PIPELINE_FILES = ("README.md", "model_index.json", "scheduler/*", "unet/*", "unet_raw/*")
 
 
 class HubUpload:
     """A repository on the Hub for the pipeline of a run.
 
-    An upload that fails is tried again, then reported; it never raises.
+    Uploads go on beside the training, in order, from a snapshot of the files. One that fails is tried again, then
+    reported; it never raises, and a Hub that does not answer stops nothing.
 
     Raises:
         ValueError: when made, before the training: the Hub refuses the repository or cannot be reached.
@@ -33,39 +40,66 @@ class HubUpload:
                 f"and --hub_model_id, or train without --push_to_hub and upload afterwards. The client says: {error}"
             ) from error
         self.first_delay = first_delay
-        self.failure: str | None = None
+        self.missing: dict[str, str] = {}  # messages of the commits that are not on the Hub, and why
+        self._last = ""
+        self._pending: queue.Queue[tuple[Path, str]] = queue.Queue()
+        # A daemon: a process that has finished does not wait for a Hub that hangs.
+        threading.Thread(target=self._work, daemon=True).start()
 
     def push(self, folder: Path, message: str, grid: Path) -> None:
-        """Commit the pipeline, its card and its sample grid; no checkpoints, no logs."""
-        patterns = [
-            "README.md",
-            "model_index.json",
-            "scheduler/*",
-            "unet/*",
-            "unet_raw/*",
-            str(grid.relative_to(folder)),
-        ]
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(self.first_delay * 4 ** (attempt - 1))
-            try:
-                self.api.upload_folder(
-                    repo_id=self.repository, folder_path=folder, allow_patterns=patterns, commit_message=message
-                )
-            # Whatever goes wrong on the way to the Hub, the training is worth more.
-            except Exception as error:
-                self.failure = f"{error} {error.__cause__ or ''}".strip()
-                logger.warning("Upload %d of %d to %s failed: %s", attempt + 1, ATTEMPTS, self.repository, self.failure)
-            else:
-                self.failure = None
-                logger.info("Pushed to %s: %s.", self.repository, message)
-                return
+        """Have the pipeline, its card and its sample grid committed; no checkpoints, no logs. Returns at once."""
+        snapshot = Path(tempfile.mkdtemp(prefix=".upload-", dir=folder))
+        for pattern in (*PIPELINE_FILES, str(grid.relative_to(folder))):
+            for path in folder.glob(pattern):
+                copy = snapshot / path.relative_to(folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                # Weights are replaced as files, never written into, so that a link keeps what they are now.
+                if path.suffix == ".safetensors":
+                    os.link(path, copy)
+                else:
+                    shutil.copyfile(path, copy)
+        self.missing[message] = "not finished"
+        self._last = message
+        self._pending.put((snapshot, message))
 
-    def report(self, folder: Path) -> None:
-        """At the end of the run: say so where the last upload did not succeed."""
-        if self.failure is not None:
+    def _work(self) -> None:
+        while True:
+            snapshot, message = self._pending.get()
+            for attempt in range(ATTEMPTS):
+                if attempt:
+                    time.sleep(self.first_delay * 4 ** (attempt - 1))
+                try:
+                    self.api.upload_folder(repo_id=self.repository, folder_path=snapshot, commit_message=message)
+                # Whatever goes wrong on the way to the Hub, the training is worth more.
+                except Exception as error:
+                    self.missing[message] = f"{error} {error.__cause__ or ''}".strip()
+                    logger.warning(
+                        "Upload %d of %d to %s failed: %s",
+                        attempt + 1,
+                        ATTEMPTS,
+                        self.repository,
+                        self.missing[message],
+                    )
+                else:
+                    del self.missing[message]
+                    logger.info("Pushed to %s: %s.", self.repository, message)
+                    break
+            shutil.rmtree(snapshot, ignore_errors=True)
+            self._pending.task_done()
+
+    def report(self, folder: Path, patience: float = 1800) -> None:
+        """At the end of the run: wait at most `patience` seconds for what is under way, then say what is not there."""
+        end = time.monotonic() + patience
+        while self._pending.unfinished_tasks and time.monotonic() < end:
+            time.sleep(0.05)
+        if not self.missing:
+            return
+        missing = "; ".join(f"{message!r} ({reason})" for message, reason in self.missing.items())
+        if self._last in self.missing:
             logger.error(
-                "NOT on the Hub: the last upload to %s failed (%s). The pipeline is complete in %s; upload it with "
-                "`hf upload %s %s . --exclude 'checkpoint-*/*' 'logs/*'`.",
-                self.repository, self.failure, folder, self.repository, folder,
+                "NOT on the Hub: %s. The pipeline is complete in %s; upload it with `hf upload %s %s . %s`.",
+                missing, folder, self.repository, folder,
+                " ".join(f"--include '{pattern}'" for pattern in (*PIPELINE_FILES, "samples/*")),
             )  # fmt: skip
+        else:
+            logger.error("The last pipeline is on the Hub; these commits before it are not: %s.", missing)

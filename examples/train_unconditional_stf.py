@@ -428,6 +428,19 @@ def make_optimizer(
     return optimizer, schedule
 
 
+def tracked_flags(args: argparse.Namespace) -> dict[str, str]:
+    """The flags as trackers keep them: without the token, which opens the user's account."""
+    return {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+
+
+def data_name(args: argparse.Namespace) -> str:
+    """The data as the model card calls it: of a local path, the last part only."""
+    name = args.dataset_name or args.train_data_dir
+    if name is None:
+        return "scikit-learn's handwritten digits"
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """The Accelerator of this run.
 
@@ -538,7 +551,7 @@ def main(argv: list[str] | None = None) -> None:
             shutil.rmtree(output_dir / "samples", ignore_errors=True)
     accelerator.wait_for_everyone()
     if accelerator.log_with:
-        accelerator.init_trackers("stf_diffusers", config={key: str(value) for key, value in vars(args).items()})
+        accelerator.init_trackers("stf_diffusers", config=tracked_flags(args))
     logger.info(
         "%s with n = %d references on %s; %d images of %s, %s; %.1f M parameters; %d steps of %d images on %d process(es).",
         args.objective.upper(), 1 if args.objective == "dsm" else n, process, len(images), images.shape,
@@ -553,6 +566,7 @@ def main(argv: list[str] | None = None) -> None:
         if ema is not None:
             ema.copy_to(network.parameters())
         metadata = {**run, "steps": step, "images_seen": step * images_per_step}
+        metadata |= {"dataset": data_name(args), "license": args.model_license}
         return diffusers_pipeline(network, process, metadata=metadata, **sampling_range)
 
     def save_grid(pipeline: DiffusionPipeline, step: int) -> Path:
@@ -578,10 +592,8 @@ def main(argv: list[str] | None = None) -> None:
             card = model_card(
                 pipeline,
                 repository=hub.repository if hub else str(output_dir),
-                dataset=args.dataset_name or args.train_data_dir or "scikit-learn's handwritten digits",
                 num_inference_steps=args.num_inference_steps,
                 grid=str(grid.relative_to(output_dir)),
-                license=args.model_license,
             )
             card.save(output_dir / "README.md")
             logger.info("Saved: %s", output_dir)

@@ -128,12 +128,14 @@ def diffusers_pipeline(
     too few: always pass `num_inference_steps`.
 
     Args:
-        unet: the network. It is used as it is, not copied.
+        unet: the network. It is used as it is, not copied; its config is told the process.
         process: `EDM`, `VE` or `VP`; as for `sampling_scheduler`, with `sigma_min` and `sigma_max`.
         metadata: JSON values to keep in the saved folder, beside the process's own parameters.
     """
     scheduler = sampling_scheduler(process, sigma_min, sigma_max)
     scheduler.register_to_config(**{METADATA_KEY: {**(metadata or {}), "process": process_to_config(process)}})
+    # Beside the weights too: a scheduler is exchanged more easily than a network.
+    unet.register_to_config(**{METADATA_KEY: {"process": process_to_config(process)}})
     return stock_pipeline_class(unet, process)(unet=unet, scheduler=scheduler)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
-from .export import METADATA_KEY, process_from_config, stock_pipeline_class
+from .export import METADATA_KEY, process_from_config, process_to_config, stock_pipeline_class
 
 _TEMPLATE = """---
 {header}
@@ -15,8 +15,8 @@ _TEMPLATE = """---
 
 # {title}
 
-{kind} image diffusion model, {resolution}×{resolution}, {channels} channel(s), {parameters:.1f} M parameters, trained
-{target} with `stf_diffusers`.
+{kind} image diffusion model, {height}×{width}, {channels} channel(s), {parameters:.1f} M parameters,
+{target}.
 
 | | |
 |---|---|
@@ -28,7 +28,7 @@ _TEMPLATE = """---
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repository}")
-images = pipe(batch_size=4, num_inference_steps={steps}{labels}).images
+images = pipe(batch_size=4, num_inference_steps={steps}{more}).images
 ```
 
 {advice}
@@ -39,7 +39,7 @@ With `stf_diffusers` installed, Heun's method (Karras et al. 2022) in 18 steps, 
 from stf_diffusers import STFPipeline
 
 pipe = STFPipeline.from_pretrained("{repository}")
-images = pipe(batch_size=4, num_inference_steps=18{labels}).images
+images = pipe(batch_size=4, num_inference_steps=18{more}).images
 ```
 {picture}{measured}
 ## Citation
@@ -62,12 +62,20 @@ _ADVICE = {
 }
 
 
+_TARGETS = {
+    "stf": "trained on the Stable Target Field (Xu et al., ICLR 2023) with `stf_diffusers`",
+    "dsm": "trained by denoising score matching with `stf_diffusers`",
+    None: "sampled with `stf_diffusers`",
+}
+_TAGS = {"stf": ["stable-target-field"], "dsm": ["denoising-score-matching"], None: []}
+
+
 def model_card(
     pipeline: DiffusionPipeline,
     *,
     repository: str,
-    dataset: str,
     num_inference_steps: int,
+    dataset: str | None = None,
     grid: str | None = None,
     license: str | None = None,
     metrics: dict[str, float] | None = None,
@@ -75,51 +83,64 @@ def model_card(
     """The card of a pipeline made by `diffusers_pipeline`, from the metadata in its scheduler.
 
     Args:
-        pipeline: the pipeline with its metadata.
+        pipeline: the pipeline; rows of the card that its metadata does not tell are left out.
         repository: what `from_pretrained` is to be given: a repository id or a folder.
-        dataset: name of the training data, as a person would recognise it.
         num_inference_steps: number of sampling steps shown.
+        dataset: name of the training data, as a person would recognise it. None: that in the metadata.
         grid: path of a sample grid beside the card, to be shown in it.
-        license: an identifier the Hub knows. None: no licence is claimed.
+        license: an identifier the Hub knows. None: that in the metadata; without one, no licence is claimed.
         metrics: what was measured on samples, by names that say how: "Fréchet distance, DINOv2 features, 50,000 samples
             (Heun, 18 steps, seeds 0 to 49,999) against the training split".
     """
-    metadata: dict[str, Any] = pipeline.scheduler.config[METADATA_KEY]
-    process = dict(metadata["process"])
-    stf = metadata.get("objective", "stf") == "stf"
-    conditional = pipeline.unet.config["num_class_embeds"] is not None
+    config = pipeline.unet.config
+    metadata: dict[str, Any] = pipeline.scheduler.config.get(METADATA_KEY) or {}
+    process = process_from_config(metadata["process"]) if "process" in metadata else pipeline.process
+    saved = process_to_config(process)
+    size, channels = config["sample_size"], config["in_channels"]
+    height, width = (size, size) if isinstance(size, int) else size
+    classes = [label for label in range(config["num_class_embeds"] or 0) if label != metadata.get("null_label")]
+    objective = metadata.get("objective", "stf" if "reference_batch_size" in metadata else None)
     rows = {
-        "data": dataset,
-        "noise process": f"{process.pop('name').upper()} ({', '.join(f'{k} = {v}' for k, v in process.items())})",
-        "references per target": f"{metadata['reference_batch_size']:,}" if stf else "none (denoising score matching)",
-        "optimizer steps": f"{metadata['steps']:,}",
-        "images seen": f"{metadata['images_seen']:,}",
-        "weights": "`unet/` averaged over the training (EMA)" if metadata["use_ema"] else "`unet/` as trained",
+        "data": dataset or metadata.get("dataset"),
+        "noise process": f"{saved.pop('name').upper()} ({', '.join(f'{k} = {v}' for k, v in saved.items())})",
+        "references per target": {
+            "stf": f"{metadata.get('reference_batch_size', 0):,}",
+            "dsm": "none (denoising score matching)",
+        }.get(objective or ""),
+        "optimizer steps": f"{metadata['steps']:,}" if "steps" in metadata else None,
+        "images seen": f"{metadata['images_seen']:,}" if "images_seen" in metadata else None,
+        "weights": {True: "`unet/` averaged over the training (EMA)", False: "`unet/` as trained"}.get(
+            metadata.get("use_ema", "")
+        ),
     }
+    more = f", class_labels={[classes[k % len(classes)] for k in range(4)]}" if classes else ""
+    if channels not in (1, 3, 4):
+        more += ', output_type="np"'
     header = ModelCardData(
         library_name="diffusers",
-        license=license,
+        license=license or metadata.get("license"),
         pipeline_tag="unconditional-image-generation",
-        tags=["stable-target-field" if stf else "denoising-score-matching", "diffusion"],
+        tags=[*_TAGS[objective], "diffusion"],
     )
     return ModelCard(
         _TEMPLATE.format(
             header=header.to_yaml(),
             title=repository.rstrip("/").split("/")[-1],
-            kind="A class-conditional" if conditional else "An unconditional",
-            resolution=pipeline.unet.config["sample_size"],
-            channels=pipeline.unet.config["in_channels"],
+            kind="A class-conditional" if classes else "An unconditional",
+            height=height,
+            width=width,
+            channels=channels,
             parameters=pipeline.unet.num_parameters() / 1e6,
-            target="on the Stable Target Field (Xu et al., ICLR 2023)" if stf else "by denoising score matching",
-            rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+            target=_TARGETS[objective],
+            rows="\n".join(f"| {key} | {value} |" for key, value in rows.items() if value),
             repository=repository,
             steps=num_inference_steps,
-            labels=", class_labels=[0, 1, 2, 3]" if conditional else "",
-            advice=_ADVICE[stock_pipeline_class(pipeline.unet, process_from_config(metadata["process"])).__name__],
+            more=more,
+            advice=_ADVICE[stock_pipeline_class(pipeline.unet, process).__name__],
+            picture=f"\n## Samples\n\n![Samples, not selected]({grid})\n" if grid else "",
             measured="\n## Measured\n\n| | |\n|---|---|\n" + "".join(f"| {k} | {v:.4g} |\n" for k, v in metrics.items())
             if metrics
             else "",
-            picture=f"\n## Samples\n\n![Samples, not selected]({grid})\n" if grid else "",
         ),
         ignore_metadata_errors=False,
     )

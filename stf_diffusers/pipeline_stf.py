@@ -1,6 +1,8 @@
 """`STFPipeline`: the folder that plain Diffusers loads, sampled with the solvers that Diffusers lacks."""
 
 # No deferred annotations here: Diffusers reads those of __init__ when it loads a folder.
+import inspect
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -10,13 +12,15 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
+from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .denoising import network_denoiser
-from .export import EDM_SAMPLING_RANGE, METADATA_KEY, process_from_config, stock_pipeline_class
+from .export import EDM_SAMPLING_RANGE, METADATA_KEY, process_from_config, sampling_scheduler, stock_pipeline_class
 from .model_card import model_card
 from .noise import EDM, VE, VP, SchedulerProcess
 from .solvers import Discretization, sample_ode, sample_rk45
@@ -54,7 +58,7 @@ class STFPipeline(DiffusionPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.process = process_of(scheduler)
+        self.process = process_of(scheduler, unet)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "STFPipeline":
@@ -101,21 +105,27 @@ class STFPipeline(DiffusionPipeline):
             callback_on_step_end: as elsewhere in Diffusers, ``callback(pipeline, step, noise_level, {"latents": x})``
                 with x = x0 + noise_level * noise, which may return a replacement. Not with "rk45".
             return_dict: False: a tuple (images,).
-            tolerance: relative and absolute, for "rk45".
+            tolerance: for "rk45", relative and absolute, of each step. Errors of the steps add up along the path: images
+                of a trained VE or VP network are off by a few hundred times the tolerance.
 
         Raises:
             ValueError: arguments that do not fit the network or each other.
         """
+        process_of(self.scheduler, self.unet)  # either may have been replaced
         config = self.unet.config
         size = config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, config["in_channels"], height, width)
+        for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1; got {value}.")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt'; got {output_type!r}.")
         if output_type == "pil" and shape[1] not in (1, 3, 4):
             raise ValueError(f"PIL has no images of {shape[1]} channels: pass output_type='np' or 'pt'.")
         if callback_on_step_end is not None and solver in ("rk45", "scheduler"):
             raise ValueError(f"callback_on_step_end needs solver='heun' or 'euler'; got {solver!r}.")
+        generator = list(generator) if isinstance(generator, tuple) else generator
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for {batch_size} images: pass one, or one for each image.")
         if solver == "scheduler" and guidance_scale != 1:
@@ -149,9 +159,16 @@ class STFPipeline(DiffusionPipeline):
                 images = sample_ode(denoise, latents, discretization, method=solver, on_step_end=on_step_end)
             evaluations = 2 * num_inference_steps - 1 if solver == "heun" else num_inference_steps
         elif solver == "rk45":
-            images, evaluations = sample_rk45(
-                denoise, latents, sigma_min=sigma_min, sigma_max=sigma_max, rtol=tolerance, atol=tolerance
-            )
+            bar = {**getattr(self, "_progress_bar_config", {}), "unit": "evaluation"}
+            with tqdm(**bar) as progress:
+
+                def counted(x: Tensor, sigma: Tensor) -> Tensor:
+                    progress.update()
+                    return denoise(x, sigma)
+
+                images, evaluations = sample_rk45(
+                    counted, latents, sigma_min=sigma_min, sigma_max=sigma_max, rtol=tolerance, atol=tolerance
+                )
         elif solver == "scheduler":
             images, evaluations = self._scheduler_samples(latents, num_inference_steps, labels, generator)
         else:
@@ -196,15 +213,27 @@ class STFPipeline(DiffusionPipeline):
     ) -> tuple[Tensor, int]:
         """The loop of Diffusers, with what some of its pipelines leave out: initial scale and input scaling."""
         self.scheduler.set_timesteps(num_steps)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
         x = latents.to(self.unet.dtype) * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
             output = self.unet(self.scheduler.scale_model_input(x, t), t, labels).sample
-            x = self.scheduler.step(output, t, x, generator=generator).prev_sample
-        return x, num_steps
+            x = self.scheduler.step(output, t, x, **extra).prev_sample
+        return x.to(torch.float64), len(self.scheduler.timesteps)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save as a pipeline of Diffusers' own classes, which plain Diffusers loads."""
-        stock = stock_pipeline_class(self.unet, self.process)(unet=self.unet, scheduler=self.scheduler)
+        """Save as a pipeline of Diffusers' own classes, which plain Diffusers loads.
+
+        A scheduler of another library (`EDMHeunScheduler`) is saved as the one that the training would have saved.
+        """
+        scheduler = self.scheduler
+        if not type(scheduler).__module__.startswith("diffusers."):
+            is_edm = isinstance(self.process, EDM)
+            scheduler = (
+                sampling_scheduler(self.process, *self._sigma_range()) if is_edm else sampling_scheduler(self.process)
+            )
+            scheduler.register_to_config(**{METADATA_KEY: self.scheduler.config.get(METADATA_KEY)})
+        stock = stock_pipeline_class(self.unet, self.process)(unet=self.unet, scheduler=scheduler)
         stock.save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(
@@ -215,16 +244,19 @@ class STFPipeline(DiffusionPipeline):
         token: str | None = None,
         create_pr: bool = False,
         *,
-        dataset: str = "not stated",
+        variant: str | None = None,
+        dataset: str | None = None,
         license: str | None = None,
         metrics: dict[str, float] | None = None,
+        num_samples: int = 16,
     ) -> str:
         """Upload as a pipeline of Diffusers' own classes, with a model card of how it was trained.
 
         Args:
             repo_id: repository, made where missing.
-            commit_message, private, token, create_pr: as elsewhere in Diffusers.
+            commit_message, private, token, create_pr, variant: as elsewhere in Diffusers.
             dataset, license, metrics: for the card, as in `model_card`.
+            num_samples: images in the card's sample grid (seeds 0, 1, ...; "heun" in 18 steps). 0: no grid.
 
         Returns:
             The address of the commit.
@@ -234,33 +266,54 @@ class STFPipeline(DiffusionPipeline):
         """
         api = HfApi(token=token)
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            if "steps" in self.scheduler.config.get(METADATA_KEY, {}):
-                card = model_card(
-                    self,
-                    repository=repository,
-                    dataset=dataset,
-                    num_inference_steps=35,
-                    license=license,
-                    metrics=metrics,
-                )
-                card.save(Path(folder) / "README.md")
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.save_pretrained(folder, variant=variant)
+            grid = None
+            if num_samples > 0 and self.unet.config["in_channels"] in (1, 3, 4):
+                grid = "samples/grid.png"
+                (folder / "samples").mkdir()
+                self._grid(num_samples).save(folder / grid)
+            card = model_card(
+                self,
+                repository=repository,
+                num_inference_steps=35,
+                dataset=dataset,
+                grid=grid,
+                license=license,
+                metrics=metrics,
+            )
+            card.save(folder / "README.md")
             commit = api.upload_folder(
                 repo_id=repository, folder_path=folder, commit_message=commit_message, create_pr=create_pr
             )
         return commit.commit_url
 
+    def _grid(self, count: int) -> Image.Image:
+        classes = self.unet.config["num_class_embeds"]
+        images = self(
+            count,
+            class_labels=None if classes is None else [k % classes for k in range(count)],
+            generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
+            return_dict=False,
+        )[0]
+        columns = math.ceil(math.sqrt(count))
+        rows = math.ceil(count / columns)
+        blank = Image.new("RGB", images[0].size)
+        return make_image_grid(images + [blank] * (rows * columns - count), rows, columns)
 
-def process_of(scheduler: Any) -> EDM | VE | VP:
-    """What the network beside `scheduler` was trained on, by the scheduler's config.
+
+def process_of(scheduler: Any, unet: Any = None) -> EDM | VE | VP:
+    """What the network was trained on, by its own config or that of the scheduler beside it.
 
     Raises:
-        ValueError: the config does not say, or the scheduler's noise levels are not those of the process.
+        ValueError: neither config says, or the scheduler's noise levels or prediction type are not those of the process.
     """
-    metadata = scheduler.config.get(METADATA_KEY)
     table = SchedulerProcess(scheduler)
-    if metadata is None:
+    metadata = scheduler.config.get(METADATA_KEY) or {}
+    if unet is not None:
+        metadata = unet.config.get(METADATA_KEY) or metadata
+    if "process" not in metadata:
         if table.family == "edm" and table.prediction_type == "epsilon":
             return EDM(sigma_data=table.sigma_data)
         raise ValueError(
@@ -269,7 +322,7 @@ def process_of(scheduler: Any) -> EDM | VE | VP:
         )
     process = process_from_config(metadata["process"])
     if isinstance(process, EDM):
-        fits = table.family == "edm" and table.sigma_data == process.sigma_data and table.prediction_type == "epsilon"
+        fits = table.family == "edm" and table.sigma_data == process.sigma_data
     else:
         index = torch.arange(len(table.timesteps), dtype=torch.float64)
         t = (index + 1) / 1000
@@ -278,7 +331,7 @@ def process_of(scheduler: Any) -> EDM | VE | VP:
         ratio = table.sigma(table.timesteps).double() / table.alpha(table.timesteps).double()
         wanted = process.sigma(t) / process.alpha(t)
         fits = table.family == "vp" and len(index) == 1000 and bool(((ratio / wanted - 1).abs() < 0.01).all())
-    if not fits:
+    if not fits or table.prediction_type != "epsilon":
         raise ValueError(
             f"{type(scheduler).__name__} does not follow {process}, which the network was trained on, and would give "
             "garbage. Keep the scheduler that was saved, or make one with stf_diffusers.export.sampling_scheduler."

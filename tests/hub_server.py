@@ -24,8 +24,10 @@ class Hub:
         self.token = token
         self.files, self.private, self.commits, self.requests = {}, {}, [], []
         self.stored, self.moved = {}, {}
-        # Statuses to answer the next requests to "create", "commit" or "store" with; 0 cuts the connection.
+        # Statuses to answer the next requests to "create", "commit" or "store" with; 0 cuts the connection, "silence"
+        # leaves it open without an answer until the event of that name.
         self.faults = {}
+        self.silence = threading.Event()
         # The status with which each request for a repository is answered.
         self.broken = {}
 
@@ -64,7 +66,10 @@ def handler_for(hub):
             return False
 
         def fail(self, status):
-            if status == 0:
+            if status == "silence":
+                hub.silence.wait()
+                self.close_connection = True
+            elif status == 0:
                 self.close_connection = True
                 self.connection.close()
             else:

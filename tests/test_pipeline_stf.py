@@ -1,14 +1,24 @@
 """`STFPipeline`: the same folders as plain Diffusers, more solvers, and no garbage."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
-from stf_diffusers import EDM, STFPipeline
+from stf_diffusers import EDM, EDMHeunScheduler, STFPipeline
 from stf_diffusers.export import diffusers_pipeline, read_metadata, save_pipeline
+from stf_diffusers.model_card import model_card
 from test_export import PROCESSES, ExactUNet, small_unet
 
 
@@ -121,18 +131,65 @@ def test_an_edm_model_of_diffusers_is_read():
 
 
 def test_a_scheduler_that_cannot_serve_is_refused():
-    edm, vp = pipeline_for("edm"), pipeline_for("vp")
+    unknown = small_unet()
     with pytest.raises(ValueError, match="does not say which noise process"):
-        STFPipeline(edm.unet, DDPMScheduler())
-    stf = {"_stf": {"process": {"name": "edm", "sigma_data": 0.6, "p_mean": -1.2, "p_std": 1.2}}}
-    for scheduler in (EulerDiscreteScheduler(), EDMEulerScheduler(sigma_data=0.5), DDPMScheduler()):
-        scheduler.register_to_config(**stf)
+        STFPipeline(unknown, DDPMScheduler())
+    edm, vp = pipeline_for("edm"), pipeline_for("vp")
+    for scheduler in (EulerDiscreteScheduler(), EDMEulerScheduler(sigma_data=0.7), DDPMScheduler()):
         with pytest.raises(ValueError, match="would give garbage"):
             STFPipeline(edm.unet, scheduler)
-    linear = DDPMScheduler()
-    linear.register_to_config(_stf=vp.scheduler.config["_stf"])
+    wrong_type = DPMSolverMultistepScheduler.from_config(vp.scheduler.config, prediction_type="sample")
+    for scheduler in (DDPMScheduler(), EDMEulerScheduler(), wrong_type):
+        with pytest.raises(ValueError, match="would give garbage"):
+            STFPipeline(vp.unet, scheduler)
+    # Exchanged in place, as is usual in Diffusers.
+    edm.scheduler = DDPMScheduler()
     with pytest.raises(ValueError, match="would give garbage"):
-        STFPipeline(vp.unet, linear)
+        edm(2, 3, solver="scheduler")
+
+
+@pytest.mark.parametrize("name", ["ve", "vp"])
+def test_exchanged_schedulers_that_can_serve(name):
+    pipeline = pipeline_for(name)
+    for kind in (UniPCMultistepScheduler, DEISMultistepScheduler):  # whose step takes no generator
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+        assert pipeline(2, 4, solver="scheduler", generator=seeds(2), output_type="pt").images.isfinite().all()
+
+
+def test_our_scheduler_is_counted_right_and_saved_as_one_of_diffusers(tmp_path):
+    pipeline = pipeline_for("edm", channels=3)
+    pipeline.scheduler = EDMHeunScheduler.from_config(pipeline.scheduler.config)
+    calls = []
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    output = pipeline(2, 6, solver="scheduler", output_type="pt")
+    assert output.num_evaluations == len(calls) == 11
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "EDMDPMSolverMultistepScheduler"]
+    assert STFPipeline.from_pretrained(tmp_path).process == pipeline.process
+
+
+@pytest.mark.parametrize("solver", ["heun", "scheduler"])
+def test_half_precision_networks_give_pictures(solver):
+    pipeline = pipeline_for("edm", channels=3).to(dtype=torch.bfloat16)
+    assert pipeline(2, 3, solver=solver, generator=tuple(seeds(2))).images[1].size == (4, 4)
+
+
+def test_the_card_of_every_pipeline_parses_and_its_snippets_run(tmp_path):
+    for channels, size, classes in ((3, 4, 2), (5, (4, 8), None), (1, 4, 7)):
+        pipeline = pipeline_for("edm", channels, size, classes)
+        folder = tmp_path / f"{channels}"
+        pipeline.save_pretrained(folder)
+        card = model_card(pipeline, repository=str(folder), num_inference_steps=3)
+        height, width = (size, size) if isinstance(size, int) else size
+        assert card.data.library_name == "diffusers" and f"{height}×{width}, {channels} channel(s)" in card.content
+        snippets = re.findall(r"```python\n(.*?)```", card.content, flags=re.DOTALL)
+        assert len(snippets) == 2
+        # Diffusers' pipeline takes a size that is a number.
+        for snippet in snippets if isinstance(size, int) else snippets[1:]:
+            names = {}
+            exec(snippet, names)  # noqa: S102
+            assert len(names["images"]) == 4
 
 
 WRONG = {
@@ -143,7 +200,9 @@ WRONG = {
     "labels": ({"class_labels": 1}, "unconditional"),
     "guidance": ({"guidance_scale": 2.0}, "class_labels"),
     "callback": ({"solver": "rk45", "callback_on_step_end": print}, "solver='heun' or 'euler'"),
-    "steps": ({"num_inference_steps": 0}, "at least one step"),
+    "steps": ({"num_inference_steps": 0}, "num_inference_steps must be"),
+    "no steps of the scheduler": ({"num_inference_steps": 0, "solver": "scheduler"}, "num_inference_steps must be"),
+    "no images": ({"batch_size": 0}, "batch_size must be"),
 }
 
 

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import generate
@@ -63,5 +64,32 @@ def test_other_settings_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match="knows 3 classes"):
         generate.main(run(model, tmp_path / "other", "--class_label", 3))
     assert not (tmp_path / "other").exists()
+    generate.main(run(model, tmp_path / "more", "--num_images", 3))
+    with pytest.raises(ValueError, match="beyond the 2 asked for"):
+        generate.main(run(model, tmp_path / "more", "--num_images", 2))
+    retrained = tmp_path / "retrained"
+    other = small_unet(3, classes=3)
+    torch.nn.init.ones_(other.conv_out.bias)
+    save_pipeline(diffusers_pipeline(other, PROCESSES["edm"]), retrained)
+    with pytest.raises(ValueError, match="begun with other settings: model"):
+        generate.main(run(retrained, tmp_path / "more", "--num_images", 4))
+    with pytest.raises(ValueError, match="--guidance_scale"):
+        generate.main(run(model, tmp_path / "other", "--guidance_scale", 2))
+    assert not (tmp_path / "other").exists()
     with pytest.raises(SystemExit):
         generate.main(run(model, tmp_path / "other", "--num_images", 0))
+
+
+def test_channels_that_png_lacks(tmp_path):
+    save_pipeline(diffusers_pipeline(small_unet(5), PROCESSES["edm"]), tmp_path / "model")
+    generate.main(run(tmp_path / "model", tmp_path / "five", "--num_images", 2, "--npz"))
+    assert np.load(tmp_path / "five" / "samples.npz")["images"].shape == (2, 4, 4, 5)
+    generate.main(run(tmp_path / "model", tmp_path / "five", "--num_images", 3))
+    assert not (tmp_path / "five" / "samples.npz").exists(), "an array of fewer images is not left behind"
+
+
+def test_the_null_class_is_not_generated(tmp_path):
+    pipeline = diffusers_pipeline(small_unet(3, classes=4), PROCESSES["edm"], metadata={"null_label": 3})
+    save_pipeline(pipeline, tmp_path / "model")
+    generate.main(run(tmp_path / "model", tmp_path / "out", "--npz", "--guidance_scale", 2))
+    assert np.load(tmp_path / "out" / "samples.npz")["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]

@@ -48,12 +48,12 @@ def run(tmp_path, image_folder):
     base = [
         "--train_data_dir", image_folder, "--model_config", tmp_path / "net.json", "--output_dir", tmp_path / "blobs",
         "--train_batch_size", 4, "--max_train_steps", 2, "--checkpointing_steps", 1, "--num_samples", 1,
-        "--num_inference_steps", 2, "--report_to", "none", "--push_to_hub",
+        "--num_inference_steps", 2, "--report_to", "tensorboard", "--push_to_hub",
     ]  # fmt: skip
     return lambda endpoint, *more, **keywords: run(endpoint, *((*base, *more) if not keywords else more), **keywords)
 
 
-def test_push_and_load_back(run):
+def test_push_and_load_back(run, tmp_path):
     hub = Hub()
     with serve(hub) as endpoint:
         done = run(endpoint, "--hub_model_id", "somebody/blobs", "--hub_private_repo", "--hub_token", hub.token)
@@ -70,6 +70,8 @@ def test_push_and_load_back(run):
         grid = {"samples/step-0000002.png"}
         assert files == weights | configs | grid, "the pipeline, its card and its grid, and nothing else"
         assert hub.private["somebody/blobs"]
+        written = [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()]
+        assert not [path for path in written if hub.token.encode() in path.read_bytes()], "the token stays a secret"
         card = hub.files["somebody/blobs"]["README.md"].decode()
         assert card.count('from_pretrained("somebody/blobs")') == 2 and "library_name: diffusers" in card
         assert "(samples/step-0000002.png)" in card
@@ -179,7 +181,8 @@ def test_an_upload_that_fails_is_tried_again(fault, where, tmp_path, monkeypatch
         upload.push(tmp_path, "message", tmp_path / "samples" / "grid.png")
         upload.report(tmp_path)
     assert hub.files["somebody/blobs"] == {"README.md": b"card", "samples/grid.png": b"picture"}
-    assert upload.failure is None and "NOT on the Hub" not in caplog.text
+    assert not upload.missing and "NOT on the Hub" not in caplog.text
+    assert not list(tmp_path.glob(".upload-*"))
 
 
 # The client itself tries storing again for half a minute after each 500.
@@ -198,6 +201,33 @@ def test_an_upload_that_never_succeeds_is_reported_not_raised(fault, where, tmp_
         upload.report(tmp_path)
     assert hub.files["somebody/blobs"] == {}
     assert f"injected fault {fault}" in caplog.text and "NOT on the Hub" in caplog.text and "hf upload" in caplog.text
+
+
+def test_a_commit_that_is_missing_is_told_although_later_ones_arrived(tmp_path, monkeypatch, caplog):
+    grid = tmp_path / "samples" / "grid.png"
+    hub = Hub()
+    with serve(hub) as endpoint:
+        upload = uploader(endpoint, hub, monkeypatch)
+        hub.faults["commit"] = [403] * 3
+        for step in (1, 2):
+            (tmp_path / "README.md").write_text(f"after {step}")  # the snapshot keeps what was pushed
+            upload.push(tmp_path, f"step {step}", grid)
+        upload.report(tmp_path)
+    assert hub.files["somebody/blobs"]["README.md"] == b"after 2"
+    assert [message for _, message in hub.commits] == ["step 2"]
+    assert "these commits before it are not: 'step 1'" in caplog.text
+
+
+def test_a_hub_that_never_answers_holds_up_nothing(tmp_path, monkeypatch, caplog):
+    (tmp_path / "README.md").write_text("card")
+    hub = Hub()
+    with serve(hub) as endpoint:
+        upload = uploader(endpoint, hub, monkeypatch)
+        hub.faults["commit"] = ["silence"]
+        upload.push(tmp_path, "message", tmp_path / "samples" / "grid.png")
+        upload.report(tmp_path, patience=1)
+        hub.silence.set()
+    assert "NOT on the Hub: 'message' (not finished)" in caplog.text
 
 
 def uploader(endpoint, hub, monkeypatch):
@@ -236,4 +266,5 @@ def test_a_pipeline_pushes_itself(tmp_path, monkeypatch):
     assert json.loads(files["model_index.json"])["_class_name"] == "DDPMPipeline" and hub.private["somebody/ve"]
     card = files["README.md"].decode()
     assert "| Fréchet distance of 64 samples | 12.35 |" in card
+    assert "samples/grid.png" in files and "(samples/grid.png)" in card
     assert "license: apache-2.0" in card and "4,096" in card and "blobs" in card and "DDPMPipeline" not in card
