@@ -11,17 +11,35 @@ states of chunks merge exactly, as in streaming softmax, so no (B, n, D) tensor 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-# Elements of the largest temporary per chunk: 32 MiB in float32, 64 MiB in float64.
-_CHUNK_ELEMENTS = 2**23
+# Elements of a chunk of references. A CPU is fastest where the float64 chunk (16 MiB), or the bytes, stay in its cache;
+# other devices where there are few chunks (128 MiB in float64).
+_CHUNK_ELEMENTS = {"cpu": 2**21}
+_CHUNK_ELEMENTS_ELSEWHERE = 2**24
+_INT8_CHUNK_ELEMENTS = 2**22
+
+Arithmetic = Literal["int8", "float64"]
+
+
+class ReferenceRows(Protocol):
+    """A tensor (n, ...), or what can be sliced like one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
 
 
 @contextmanager
@@ -75,7 +93,8 @@ class PosteriorState:
     """A softmax-weighted sum that can be merged with that of other references.
 
     `maximum` (B,): the largest logit; `normalizer`, `squares` (B,): the sums of exp(logit - maximum) and of its
-    square; `weighted_sum` (B, D): the sum of exp(logit - maximum) x_i. Logits and normalisers are float64.
+    square; `weighted_sum` (B, D): the sum of exp(logit - maximum) x_i, of uint8 references in centred levels, u - 128.
+    Logits and normalisers are float64.
     """
 
     maximum: Tensor
@@ -86,37 +105,205 @@ class PosteriorState:
     def merge(self, other: PosteriorState) -> PosteriorState:
         """The state of both sets of references together."""
         maximum = torch.maximum(self.maximum, other.maximum)
-        # A row for which every logit is -inf (all masked) has no maximum to subtract.
-        shift = maximum.masked_fill(maximum.isneginf(), 0)
-        left, right = (self.maximum - shift).exp(), (other.maximum - shift).exp()
-        dtype = self.weighted_sum.dtype
+        left, right = self.rescaled(maximum), other.rescaled(maximum)
         return PosteriorState(
             maximum,
-            self.normalizer * left + other.normalizer * right,
-            self.squares * left**2 + other.squares * right**2,
-            self.weighted_sum * left.to(dtype)[:, None] + other.weighted_sum * right.to(dtype)[:, None],
+            left.normalizer + right.normalizer,
+            left.squares + right.squares,
+            left.weighted_sum + right.weighted_sum,
         )
 
-    def result(self) -> PosteriorMean:
-        """The normalised mean, (B, D), and the effective sample size, (B,)."""
+    def merge_rows(self, rows: Tensor, other: PosteriorState) -> PosteriorState:
+        """The state in which `other` is merged into `rows` alone."""
+        merged = PosteriorState(*(field[rows] for field in vars(self).values())).merge(other)
+        fields = zip(vars(self).values(), vars(merged).values(), strict=True)
+        return PosteriorState(*(mine.index_copy(0, rows, new) for mine, new in fields))
+
+    def rescaled(self, maximum: Tensor) -> PosteriorState:
+        """The same state relative to another (larger) `maximum` (B,)."""
+        # A row for which every logit is -inf (all masked) has no maximum to subtract.
+        factor = (self.maximum - maximum.masked_fill(maximum.isneginf(), 0)).exp()
+        weighted_sum = self.weighted_sum * factor.to(self.weighted_sum.dtype)[:, None]
+        return PosteriorState(maximum, self.normalizer * factor, self.squares * factor**2, weighted_sum)
+
+    def result(self, centred_levels: bool = False) -> PosteriorMean:
+        """The normalised mean, (B, D), and the effective sample size, (B,).
+
+        Args:
+            centred_levels: the sum is of levels u - 128 and the mean is to be in [-1, 1].
+        """
         mean = self.weighted_sum / self.normalizer.to(self.weighted_sum.dtype)[:, None]
+        if centred_levels:
+            # As `pixels_to_float` does it: a mean that is one of the references equals that image bit for bit.
+            mean = mean.add_(128).div_(127.5).sub_(1)
         return PosteriorMean(mean, (self.normalizer**2 / self.squares).to(mean.dtype))
 
 
-def _chunk_state(query: Tensor, half_scale: Tensor, reference: Tensor, mask: Tensor | None) -> PosteriorState:
-    """State of one chunk: `query` (B, D) is alpha x_t / sigma^2 in float64, `half_scale` (B,) is alpha^2 / (2 sigma^2).
+def centred_levels(pixels: Tensor) -> Tensor:
+    """uint8 pixels u as int8 levels u - 128."""
+    return pixels.view(torch.int8) ^ -128
 
-    The logit is reduced by |x_t|^2 / (2 sigma^2), which is common to all references. Its remaining terms are divided
-    by sigma^2 after they have nearly cancelled, so the product is float64: a float32 product errs by up to 8e-3 in
-    the mean when two references are within a few sigma of each other.
+
+def squared_norms(images: Tensor) -> Tensor:
+    """What the logits need of the references (n, D): |x|^2 in float64, of int8 levels the exact sum of v^2 + v.
+
+    A pixel is (v + 1/2) / 127.5 for its level v, so its squared norm is that sum over 127.5^2 plus a constant.
     """
-    exact = reference.to(torch.float64)
-    logits = query @ exact.T - half_scale[:, None] * exact.square().sum(1)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    maximum = logits.amax(1)
-    weights = (logits - maximum.masked_fill(maximum.isneginf(), 0)[:, None]).exp_()
-    return PosteriorState(maximum, weights.sum(1), weights.square().sum(1), weights.to(reference.dtype) @ reference)
+    if images.dtype != torch.int8:
+        return torch.linalg.vector_norm(images, dim=1, dtype=torch.float64).square()
+    values = images.to(torch.float32)
+    # 512 terms of at most 2^14 each are summed exactly in float32.
+    parts = [part.sum(1) for part in values.split(512, dim=1)]
+    parts += [part.sum(1) for part in values.square_().split(512, dim=1)]
+    return torch.stack(parts).to(torch.float64).sum(0)
+
+
+def _digits(values: Tensor) -> Tensor:
+    """Integers of at most 0x7F7F7F7F in magnitude, int64 (B, k), as balanced base-256 digits, int8 (4 B, k).
+
+    The lowest digits of all rows come first.
+    """
+    digits = (values + 0x80808080).view(torch.uint8).view(*values.shape, 8)[..., :4]
+    return centred_levels(digits.permute(2, 0, 1).reshape(-1, values.shape[1]))
+
+
+def _integer_product(digits: Tensor, levels: Tensor) -> Tensor:
+    """The product of integers given by `_digits` (4 B, k) with int8 levels (k, m), exactly, as float64 (B, m)."""
+    parts = torch._int_mm(digits, levels).view(4, -1, levels.shape[1]).to(torch.float64)
+    return parts[0] + 2.0**8 * parts[1] + 2.0**16 * parts[2] + 2.0**24 * parts[3]
+
+
+# Magnitude of the integers that stand for a query's largest element and for a weight of 1.
+_FULL_SCALE = 0x7F7F7F7F
+
+# 32-bit sums of products of two 8-bit numbers. A product over one term is wrong on CPUs (pytorch issue 195066).
+_MAX_INT8_TERMS = 2**17 - 1
+_INT8_DIMENSIONS = range(2, _MAX_INT8_TERMS + 1)
+
+
+@cache
+def _cpu_multiplies_int8() -> bool:
+    """Whether this CPU's int8 products are fast (VNNI instructions) and exact: 8-bit sums saturate on some older ones."""
+    if not torch.cpu._is_vnni_supported():
+        return False
+    left, right = torch.full((4, 4096), -128, dtype=torch.int8), torch.full((4096, 4), -128, dtype=torch.int8)
+    return bool((torch._int_mm(left, right) == 4096 * 2**14).all())
+
+
+def choose_arithmetic(device_type: str, dtype: torch.dtype, dimension: int) -> Arithmetic:
+    """The fastest arithmetic that is measured to be accurate for references of `dtype` (n, dimension) on a device."""
+    fits = dtype == torch.uint8 and dimension in _INT8_DIMENSIONS
+    if device_type == "cpu" and fits and _cpu_multiplies_int8():
+        return "int8"
+    return "float64"
+
+
+class _Queries:
+    """Noisy images against chunks of references, in one arithmetic.
+
+    The logit is reduced by |x_t|^2 / (2 sigma^2), which is common to all references:
+    ``(alpha x_t . x_i - alpha^2 |x_i|^2 / 2) / sigma^2``. Its two terms nearly cancel before the division, so a float32
+    product errs by up to 8e-3 in the mean when references lie within a few sigma of each other.
+    """
+
+    def __init__(self, noisy: Tensor, alpha: Tensor, sigma: Tensor, levels: bool, arithmetic: Arithmetic) -> None:
+        self.arithmetic, self.levels = arithmetic, levels
+        step = 1 / 127.5 if levels else 1.0
+        self.query = noisy.to(torch.float64) * alpha[:, None]
+        self.inverse_variance = step / sigma**2
+        self.half_scale = (alpha * step / sigma) ** 2 / 2
+        if arithmetic == "int8":
+            scale = self.query.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny) / _FULL_SCALE
+            self.query_digits = _digits((self.query / scale[:, None]).round().to(torch.int64))
+            self.inverse_variance = self.inverse_variance * scale
+
+    def logits(self, images: Tensor, norms: Tensor) -> Tensor:
+        """(B, c) float64, of references (c, D) as int8 levels or floating point."""
+        if self.arithmetic == "int8":
+            product = _integer_product(self.query_digits, images.T)
+        else:
+            product = self.query @ images.to(torch.float64).T
+        return product * self.inverse_variance[:, None] - self.half_scale[:, None] * norms
+
+    def weighted_sum(self, weights: Tensor, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The sum of the references (c, D) under float64 weights (B, c) in [0, 1], and the sum of those weights."""
+        if self.arithmetic != "int8":
+            return weights.to(dtype) @ images.to(dtype), weights.sum(1)
+        rounded = (weights * _FULL_SCALE).round().to(torch.int64)
+        total = _integer_product(_digits(rounded), images)
+        return (total / _FULL_SCALE).to(dtype), rounded.sum(1).to(torch.float64) / _FULL_SCALE
+
+
+# Below this a row's chunk adds less than 2^-64 of the sum for each of its references.
+_NEGLIGIBLE = -64 * math.log(2)
+
+
+def posterior_state(
+    noisy: Tensor,
+    reference: ReferenceRows,
+    alpha: Tensor,
+    sigma: Tensor,
+    *,
+    mask: Tensor | None = None,
+    norms: Tensor | None = None,
+    rows: range | None = None,
+    chunk_size: int | None = None,
+    arithmetic: Arithmetic | None = None,
+) -> PosteriorState:
+    """The unnormalised posterior mean, which states of other references can be merged into.
+
+    Args:
+        noisy: (B, D) floating point.
+        reference: (n, ...) rows that can be sliced into tensors, D elements each; moved to `noisy` chunk by chunk.
+        alpha, sigma: (B,) float64 on the device of `noisy`.
+        mask: (B, n) bool.
+        norms: (n,) `squared_norms` of the references, where they are known.
+        rows: the references to use. Default: all.
+        chunk_size, arithmetic: as for `posterior_mean`.
+    """
+    batch_size, dimension = noisy.shape
+    rows = range(reference.shape[0]) if rows is None else rows
+    if arithmetic is None:
+        arithmetic = choose_arithmetic(noisy.device.type, reference.dtype, dimension)
+    if chunk_size is None:
+        per_chunk = _CHUNK_ELEMENTS.get(noisy.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+        per_chunk = _INT8_CHUNK_ELEMENTS if arithmetic == "int8" else per_chunk
+        chunk_size = max(1, min(per_chunk // max(dimension, batch_size, 1), _MAX_INT8_TERMS))
+    dtype = torch.float64 if noisy.dtype == reference.dtype == torch.float64 else torch.float32
+    with full_precision(noisy.device.type):
+        queries = _Queries(noisy, alpha, sigma, reference.dtype == torch.uint8, arithmetic)
+        empty = torch.zeros(batch_size, dtype=torch.float64, device=noisy.device)
+        state = PosteriorState(
+            torch.full_like(empty, -torch.inf),
+            empty,
+            empty,
+            torch.zeros(batch_size, dimension, dtype=dtype).to(noisy.device),
+        )
+        for start in range(rows.start, rows.stop, chunk_size):
+            chunk = slice(start, min(start + chunk_size, rows.stop))
+            images = reference[chunk].to(noisy.device, non_blocking=True).flatten(1)
+            images = centred_levels(images) if images.dtype == torch.uint8 else pixels_to_float(images)
+            known = squared_norms(images) if norms is None else norms[chunk].to(noisy.device)
+            logits = queries.logits(images, known)
+            if mask is not None:
+                logits = logits.masked_fill_(~mask[:, chunk].to(noisy.device), -torch.inf)
+            maximum = logits.amax(1)
+            if noisy.device.type == "cpu":
+                # Rows that this chunk has nothing for. Elsewhere, finding them would wait for the device.
+                active = (maximum - state.maximum >= _NEGLIGIBLE) & ~maximum.isneginf()
+                if not bool(active.any()):
+                    continue
+                if not bool(active.all()):
+                    logits, kept = logits[active], maximum[active]
+                    weights = (logits - kept[:, None]).exp_()
+                    total, normalizer = queries.weighted_sum(weights, images, dtype)
+                    part = PosteriorState(kept, normalizer, weights.square_().sum(1), total)
+                    state = state.merge_rows(active.nonzero().flatten(), part)
+                    continue
+            weights = (logits - maximum.masked_fill(maximum.isneginf(), 0)[:, None]).exp_()
+            total, normalizer = queries.weighted_sum(weights, images, dtype)
+            state = state.merge(PosteriorState(maximum, normalizer, weights.square_().sum(1), total))
+    return state
 
 
 def _as_row_vector(value: Tensor | float, name: str, noisy: Tensor) -> Tensor:
@@ -141,6 +328,7 @@ def posterior_mean(
     sigma: Tensor | float,
     mask: Tensor | None = None,
     chunk_size: int | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> PosteriorMean:
     """Posterior mean of x0 given ``x_t = alpha x0 + sigma noise`` over a set of references.
 
@@ -155,13 +343,17 @@ def posterior_mean(
         alpha, sigma: (B,) or a number; the process's coefficients at each row's time. `sigma` is positive.
         mask: (B, n) bool, which references a row may use. Default: all.
         chunk_size: references handled at a time. Default: so that a chunk's temporaries stay under about 200 MiB.
+        arithmetic: of the two products. "float64": float64 logits, float32 sums. "int8": for uint8 references, exact
+            products of 32-bit queries and weights, split into 8-bit digits, with the pixels: the default on CPUs with
+            instructions for them. Default: "int8" where it is fast, else "float64".
 
     Returns:
         mean (B, ...) in float32 (float64 when `noisy` and `reference` both are), and effective_sample_size (B,),
         between 1 and n.
 
     Raises:
-        TypeError: a dtype that is neither floating point nor (for `reference`) uint8, or a mask that is not bool.
+        TypeError: a dtype that is neither floating point nor (for `reference`) uint8, or a mask that is not bool, or
+            "int8" for references that are not uint8.
         ValueError: shapes that do not fit, an empty reference set, or, on the CPU, a sigma that is not positive or a
             row whose mask leaves nothing (elsewhere those rows are NaN: checking would wait for the device).
     """
@@ -187,6 +379,18 @@ def posterior_mean(
             raise ValueError(f"mask must be (B, n) = ({noisy.shape[0]}, {n}); got {tuple(mask.shape)}.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1; got {chunk_size}. Leave it out to have it chosen.")
+    if reference.dtype != torch.uint8:
+        pixels_to_float(reference[:0])
+        if arithmetic == "int8":
+            raise TypeError(f"arithmetic='int8' is for uint8 references; got {reference.dtype}. Leave it out.")
+    if arithmetic not in (None, "int8", "float64"):
+        raise ValueError(f"arithmetic must be 'int8', 'float64' or None; got {arithmetic!r}.")
+    dimension = noisy[0].numel()
+    if arithmetic == "int8" and dimension not in _INT8_DIMENSIONS:
+        raise ValueError(
+            f"arithmetic='int8' takes images of {_INT8_DIMENSIONS.start} to {_INT8_DIMENSIONS.stop - 1} values; got "
+            f"{dimension}. Leave it out."
+        )
     alpha, sigma = _as_row_vector(alpha, "alpha", noisy), _as_row_vector(sigma, "sigma", noisy)
     if noisy.device.type == "cpu":
         if not bool((sigma > 0).all()):
@@ -197,19 +401,8 @@ def posterior_mean(
             rows = (~mask.any(1)).nonzero().flatten().tolist()
             raise ValueError(f"mask leaves no reference for rows {rows}; every row may at least use its own source.")
 
-    batch_size, dimension = noisy.shape[0], noisy[0].numel()
-    if chunk_size is None:
-        chunk_size = max(1, _CHUNK_ELEMENTS // max(dimension, batch_size, 1))
-    dtype = torch.float64 if noisy.dtype == reference.dtype == torch.float64 else torch.float32
-    with full_precision(noisy.device.type):
-        query = noisy.reshape(batch_size, -1).to(torch.float64) * (alpha / sigma**2)[:, None]
-        half_scale = alpha**2 / (2 * sigma**2)
-
-        def chunk_state(start: int) -> PosteriorState:
-            rows = slice(start, start + chunk_size)
-            images = pixels_to_float(reference[rows].to(noisy.device)).to(dtype).flatten(1)
-            return _chunk_state(query, half_scale, images, None if mask is None else mask[:, rows].to(noisy.device))
-
-        state = reduce(PosteriorState.merge, map(chunk_state, range(0, n, chunk_size)))
-        mean, effective_sample_size = state.result()
+    state = posterior_state(
+        noisy.flatten(1), reference, alpha, sigma, mask=mask, chunk_size=chunk_size, arithmetic=arithmetic
+    )
+    mean, effective_sample_size = state.result(centred_levels=reference.dtype == torch.uint8)
     return PosteriorMean(mean.reshape(noisy.shape), effective_sample_size)

@@ -93,8 +93,9 @@ def smooth():
     return ((coarse + 1) * 127.5).to(torch.uint8)
 
 
+@pytest.mark.parametrize("arithmetic", ["int8", "float64"])
 @pytest.mark.parametrize("data", [smooth, cifar10])
-def test_planted_duplicates(data):
+def test_planted_duplicates(data, arithmetic):
     """1e-5 from sigma 0.002 to 80 with 160 exact and near copies of 4 sources, 40 each: more than any fixed top-k.
 
     uint8 references are exactly u / 127.5 - 1, so the oracle takes them in float64.
@@ -112,7 +113,7 @@ def test_planted_duplicates(data):
     exact = pixels.double() / 127.5 - 1
     x0 = exact[torch.arange(4).repeat_interleave(len(SIGMAS))]
     noisy = (x0 + rows(sigma, x0) * normal(*x0.shape, seed=1)).float()
-    result = posterior_mean(noisy, pixels, alpha=1.0, sigma=sigma)
+    result = posterior_mean(noisy, pixels, alpha=1.0, sigma=sigma, arithmetic=arithmetic)
     weights, expected = posterior(noisy, exact, torch.ones_like(sigma), sigma)
     assert worst(result.mean, expected) < 1e-5
     torch.testing.assert_close(result.effective_sample_size.double(), 1 / weights.square().sum(1), rtol=1e-4, atol=0)
@@ -269,10 +270,49 @@ def test_chunks_do_not_matter(chunk_size):
 
 
 def test_default_chunks():
-    """Without a chunk size, images of 2^21 pixels are read four at a time."""
+    """Without a chunk size, images of 2^21 pixels are read one at a time."""
     noisy, reference, alpha, sigma = problem(n=6, shape=(2**21,), sigmas=torch.tensor([1.0, 800.0, 3000.0]))
     expected = posterior(noisy, reference, alpha, sigma)[1]
     assert worst(posterior_mean(noisy, reference, alpha=alpha, sigma=sigma).mean, expected) < 1e-5
+
+
+@pytest.mark.parametrize("arithmetic", ["int8", "float64"])
+@pytest.mark.parametrize("chunk_size", [1, 7, None])
+@pytest.mark.parametrize("alpha", [1.0, 0.02])
+@pytest.mark.parametrize("kind", ["uniform", "black and white", "nearly constant"])
+def test_pixels(kind, alpha, chunk_size, arithmetic):
+    """uint8 references in both arithmetics, with masks and rows that some chunks have nothing for."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (60, 3, 9, 7), generator=generator, dtype=torch.uint8)
+    if kind == "black and white":
+        pixels = (pixels > 127).to(torch.uint8) * 255
+    if kind == "nearly constant":
+        pixels = 255 - (pixels > 250).to(torch.uint8)
+    exact = pixels.double() / 127.5 - 1
+    sigma, alphas = SIGMAS, torch.full_like(SIGMAS, alpha)
+    noisy = (alpha * exact[: len(sigma)] + rows(sigma, exact) * normal(len(sigma), 3, 9, 7, seed=1)).float()
+    mask = torch.rand(len(sigma), 60, generator=generator) < 0.7
+    mask[torch.arange(len(sigma)), torch.arange(len(sigma))] = True
+    result = posterior_mean(
+        noisy, pixels, alpha=alphas, sigma=sigma, mask=mask, chunk_size=chunk_size, arithmetic=arithmetic
+    )
+    weights, expected = posterior(noisy, exact, alphas, sigma, mask)
+    assert worst(result.mean, expected) < 1e-5
+    torch.testing.assert_close(result.effective_sample_size.double(), 1 / weights.square().sum(1), rtol=1e-4, atol=0)
+    alone = posterior_mean(noisy[:1], pixels[:1], alpha=alpha, sigma=sigma[:1], arithmetic=arithmetic)
+    assert torch.equal(alone.mean, pixels[:1].float() / 127.5 - 1), "one reference: that image, bit for bit"
+
+
+@pytest.mark.parametrize("dimension", [1, 511, 513, 2**17 + 5])
+def test_pixels_of_any_number(dimension):
+    """More than 2^17 pixels would overflow 32-bit sums of 8-bit products: float64 takes over."""
+    pixels = (torch.rand(5, dimension, generator=torch.Generator().manual_seed(0)) > 0.5).to(torch.uint8) * 255
+    pixels[3], pixels[4] = 0, 255
+    exact = pixels.double() / 127.5 - 1
+    sigma = torch.tensor([0.5, 50.0, 5000.0, 0.5, 0.5])
+    noisy = (exact + rows(sigma, exact) * normal(5, dimension)).float()
+    expected = posterior(noisy, exact, torch.ones(5), sigma)[1]
+    assert worst(posterior_mean(noisy, pixels, alpha=1.0, sigma=sigma).mean, expected) < 1e-5
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -415,6 +455,13 @@ ERRORS = {
         dict(mask=torch.tensor([True, True, False, True])[:, None].expand(4, 6)),
         ValueError,
         r"no reference for rows \[2\]; every row may at least use its own source",
+    ),
+    "arithmetic": (dict(arithmetic="float32"), ValueError, "arithmetic must be 'int8', 'float64' or None"),
+    "int8 of floats": (dict(arithmetic="int8"), TypeError, "uint8 references; got torch.float32. Leave it out"),
+    "int8 of one value": (
+        dict(noisy=torch.zeros(2, 1), reference=torch.zeros(3, 1, dtype=torch.uint8), arithmetic="int8"),
+        ValueError,
+        "2 to 131071 values; got 1. Leave it out",
     ),
     "chunk size": (dict(chunk_size=0), ValueError, "chunk_size must be at least 1; got 0. Leave it out"),
     "sigma expanded": (dict(sigma=torch.ones(4, 1, 1, 1)), ValueError, r"one value per row, shape \(4,\).*Pass the"),
