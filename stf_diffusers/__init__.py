@@ -8,6 +8,7 @@ from .noise import EDM, VE, VP, FlowMatching, NoiseProcess, SchedulerProcess
 from .objective import PerturbedBatch, STFTrainingObjective
 from .posterior import PosteriorMean, posterior_mean
 from .reference import ReferenceBatchCollator, ReferenceBatchSampler
+from .reference_bank import ReferenceBank, SharedReferences
 from .solvers import Churn, Discretization, log_likelihood, sample_ode, sample_rk45
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ __all__ = [
     "NoiseProcess",
     "PerturbedBatch",
     "PosteriorMean",
+    "ReferenceBank",
     "ReferenceBatchCollator",
     "ReferenceBatchSampler",
     "STFPipeline",
     "STFTrainingObjective",
     "SchedulerProcess",
+    "SharedReferences",
     "log_likelihood",
     "network_denoiser",
     "posterior_mean",

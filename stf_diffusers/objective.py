@@ -18,6 +18,7 @@ from torch import Tensor
 from .noise import NoiseProcess, SchedulerProcess, expand_as_rows
 from .posterior import PosteriorMean, full_precision, pixels_to_float, posterior_mean
 from .prediction import prediction_coefficients
+from .reference_bank import ReferenceBank, ReferenceSet
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class STFTrainingObjective:
         self.process = process
         self.prediction_type = prediction_type
         self._checked: tuple[Any, ...] | None = None
+        self._checked_set: ReferenceSet | None = None
 
     @classmethod
     def from_scheduler(cls, noise_scheduler: Any) -> STFTrainingObjective:
@@ -90,7 +92,7 @@ class STFTrainingObjective:
         self,
         clean: Tensor,
         *,
-        reference: Tensor | None = None,
+        reference: Tensor | ReferenceSet | None = None,
         labels: Tensor | None = None,
         reference_labels: Tensor | None = None,
         source_index: Tensor | None = None,
@@ -102,11 +104,13 @@ class STFTrainingObjective:
 
         Args:
             clean: (B, ...) images, floating point in [-1, 1] or uint8 pixels (read as x / 127.5 - 1). Any shape.
-            reference: (n, ...) references whose first B rows are `clean`. None: the DSM target.
+            reference: (n, ...) references whose first B rows are `clean`, or a `ReferenceBank` that contains them.
+                None: the DSM target.
             labels: (B,) integer classes: row i uses references of its class; -1 is a dropped condition and uses all,
-                which must then be drawn from the whole data law. Needs `reference_labels`.
+                which must then be drawn from the whole data law. Needs `reference_labels`, or a bank with labels.
             reference_labels: (n,) integer classes of the references.
-            source_index: (B,) integers, positions of the sources in `reference` where these are not its first B rows.
+            source_index: (B,) integers, positions of the sources in `reference` where these are not its first B rows; of a
+                bank, positions in the images it was made of. Without them a bank is searched for the images, once.
             t: (B,) times. None: drawn from the process's training distribution.
             noise: (B, ...) standard normal. None: drawn. Neither draw depends on the references.
             generator: for the draws.
@@ -126,7 +130,7 @@ class STFTrainingObjective:
             device = generator.device if generator is not None else x0.device
             noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype)
         mask = self._check_references(x0, reference, labels, reference_labels, source_index)
-        batch = self._noised_batch(x0, noise, t, reference, mask)
+        batch = self._noised_batch(x0, noise, t, reference, mask, labels, source_index)
         return replace(batch, model_input=batch.model_input.to(clean.dtype)) if clean.is_floating_point() else batch
 
     @torch.no_grad()
@@ -136,7 +140,7 @@ class STFTrainingObjective:
         noise: Tensor,
         timesteps: Tensor,
         *,
-        reference: Tensor | None = None,
+        reference: Tensor | ReferenceSet | None = None,
         labels: Tensor | None = None,
         reference_labels: Tensor | None = None,
         source_index: Tensor | None = None,
@@ -155,7 +159,7 @@ class STFTrainingObjective:
         """
         x0 = self._as_compute(clean)
         mask = self._check_references(x0, reference, labels, reference_labels, source_index)
-        return self._noised_batch(x0, noise, timesteps, reference, mask).target
+        return self._noised_batch(x0, noise, timesteps, reference, mask, labels, source_index).target
 
     def loss(self, output: Tensor, batch: PerturbedBatch) -> Tensor:
         """Mean squared error between the network's output (B, ...) and `batch.target`, a float32 scalar.
@@ -182,7 +186,14 @@ class STFTrainingObjective:
         return pixels_to_float(clean)
 
     def _noised_batch(
-        self, x0: Tensor, noise: Tensor, t: Tensor, reference: Tensor | None, mask: Tensor | None
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        reference: Tensor | ReferenceSet | None,
+        mask: Tensor | None,
+        labels: Tensor | None,
+        source_index: Tensor | None,
     ) -> PerturbedBatch:
         if noise.shape != x0.shape:
             raise ValueError(f"noise must have the images' shape {tuple(x0.shape)}; got {tuple(noise.shape)}.")
@@ -218,7 +229,10 @@ class STFTrainingObjective:
             if reference is None:
                 posterior = PosteriorMean(x0, torch.ones_like(alpha))
             else:
-                posterior = posterior_mean(noisy, reference, alpha=alpha, sigma=sigma, mask=mask)
+                if isinstance(reference, ReferenceSet):
+                    posterior = reference.posterior_mean(noisy, alpha, sigma, source_index=source_index, labels=labels)
+                else:
+                    posterior = posterior_mean(noisy, reference, alpha=alpha, sigma=sigma, mask=mask)
                 target = target + rows(gain) * (posterior.mean - x0)
             return PerturbedBatch(
                 model_input=rows(scale) * noisy,
@@ -236,7 +250,7 @@ class STFTrainingObjective:
     def _check_references(
         self,
         x0: Tensor,
-        reference: Tensor | None,
+        reference: Tensor | ReferenceSet | None,
         labels: Tensor | None,
         reference_labels: Tensor | None,
         source_index: Tensor | None,
@@ -249,8 +263,19 @@ class STFTrainingObjective:
         """
         if reference is None:
             return None
+        if isinstance(reference, ReferenceSet):
+            if reference_labels is not None:
+                raise ValueError(f"a {type(reference).__name__} has its own labels: leave reference_labels out.")
+            # A bank that is searched is searched once, by all processes at their first call.
+            searched = isinstance(reference, ReferenceBank) and (source_index is None or reference.process_shard)
+            if reference is not self._checked_set and (searched or x0.device.type == "cpu"):
+                reference.check_sources(x0, source_index, labels)
+                self._checked_set = reference if searched else None
+            return None
         if not isinstance(reference, Tensor):
-            raise TypeError(f"reference must be a tensor (n, ...) or None; got {type(reference).__name__}.")
+            raise TypeError(
+                f"reference must be a tensor (n, ...), a ReferenceBank or None; got {type(reference).__name__}."
+            )
         if reference.shape[1:] != x0.shape[1:]:
             raise ValueError(
                 f"references {tuple(reference.shape[1:])} and images {tuple(x0.shape[1:])} must have one shape. Resize "

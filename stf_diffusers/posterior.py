@@ -306,17 +306,28 @@ def posterior_state(
     return state
 
 
-def _as_row_vector(value: Tensor | float, name: str, noisy: Tensor) -> Tensor:
-    """`alpha` or `sigma` as a float64 (B,) vector on the device of `noisy`."""
-    vector = torch.as_tensor(value, dtype=torch.float64, device=noisy.device)
-    if vector.ndim == 0:
-        vector = vector.expand(noisy.shape[0])
-    if vector.shape != noisy.shape[:1]:
+def coefficient_rows(alpha: Tensor | float, sigma: Tensor | float, noisy: Tensor) -> tuple[Tensor, Tensor]:
+    """`alpha` and `sigma` as float64 (B,) vectors on the device of `noisy`.
+
+    Raises:
+        ValueError: another shape or, on the CPU, a sigma that is not positive (elsewhere checking would wait).
+    """
+    rows = []
+    for name, value in (("alpha", alpha), ("sigma", sigma)):
+        vector = torch.as_tensor(value, dtype=torch.float64, device=noisy.device)
+        if vector.ndim == 0:
+            vector = vector.expand(noisy.shape[0])
+        if vector.shape != noisy.shape[:1]:
+            raise ValueError(
+                f"{name} must have one value per row, shape ({noisy.shape[0]},); got {tuple(vector.shape)}. "
+                "Pass the (B,) vector itself, not one expanded over the pixels."
+            )
+        rows.append(vector)
+    if noisy.device.type == "cpu" and not bool((rows[1] > 0).all()):
         raise ValueError(
-            f"{name} must have one value per row, shape ({noisy.shape[0]},); got {tuple(vector.shape)}. "
-            "Pass the (B,) vector itself, not one expanded over the pixels."
+            f"sigma must be positive; got {rows[1].min().item()}. At sigma = 0 the posterior is x_t itself."
         )
-    return vector
+    return rows[0], rows[1]
 
 
 @torch.no_grad()
@@ -391,16 +402,10 @@ def posterior_mean(
             f"arithmetic='int8' takes images of {_INT8_DIMENSIONS.start} to {_INT8_DIMENSIONS.stop - 1} values; got "
             f"{dimension}. Leave it out."
         )
-    alpha, sigma = _as_row_vector(alpha, "alpha", noisy), _as_row_vector(sigma, "sigma", noisy)
-    if noisy.device.type == "cpu":
-        if not bool((sigma > 0).all()):
-            raise ValueError(
-                f"sigma must be positive; got {sigma.min().item()}. At sigma = 0 the posterior is x_t itself."
-            )
-        if mask is not None and not bool(mask.any(1).all()):
-            rows = (~mask.any(1)).nonzero().flatten().tolist()
-            raise ValueError(f"mask leaves no reference for rows {rows}; every row may at least use its own source.")
-
+    alpha, sigma = coefficient_rows(alpha, sigma, noisy)
+    if mask is not None and noisy.device.type == "cpu" and not bool(mask.any(1).all()):
+        rows = (~mask.any(1)).nonzero().flatten().tolist()
+        raise ValueError(f"mask leaves no reference for rows {rows}; every row may at least use its own source.")
     state = posterior_state(
         noisy.flatten(1), reference, alpha, sigma, mask=mask, chunk_size=chunk_size, arithmetic=arithmetic
     )

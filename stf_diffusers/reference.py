@@ -32,9 +32,12 @@ class ReferenceBatchSampler(Sampler[list[int]]):
         reference_batch_size: n, total length of each list, sources included.
         seed: of the shuffle and the draws; the same on every process.
         num_processes, process_index: yield every `num_processes`-th batch, starting with `process_index`.
+        share_references: n counts the references of all processes together: at each step the lists of all processes are
+            one list without repeats, for `SharedReferences`.
 
     Raises:
-        ValueError: unless 1 <= B <= n <= N and at least one batch per process can be filled.
+        ValueError: unless 1 <= B <= n <= N (with shared references, B times the processes instead of B) and at least
+            one batch per process can be filled.
     """
 
     def __init__(
@@ -45,7 +48,13 @@ class ReferenceBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         num_processes: int = 1,
         process_index: int = 0,
+        share_references: bool = False,
     ) -> None:
+        if share_references and not num_processes * batch_size <= reference_batch_size:
+            raise ValueError(
+                f"shared references hold the sources of all processes, so num_processes * batch_size = "
+                f"{num_processes * batch_size} <= reference_batch_size; got {reference_batch_size}. Raise it."
+            )
         if not 1 <= batch_size <= reference_batch_size:
             raise ValueError(
                 f"the reference batch holds the sources, so 1 <= batch_size <= reference_batch_size; got {batch_size} "
@@ -65,8 +74,11 @@ class ReferenceBatchSampler(Sampler[list[int]]):
             )
         self.num_examples = num_examples
         self.num_sources = batch_size
+        self.share_references = share_references
+        self._num_drawn = reference_batch_size - batch_size * (num_processes if share_references else 1)
+        mine = range(process_index, self._num_drawn, num_processes) if share_references else range(self._num_drawn)
         # Length of the lists: what torch and Accelerate understand by a batch sampler's batch_size.
-        self.batch_size = reference_batch_size
+        self.batch_size = batch_size + len(mine)
         self.drop_last = True
         self.seed = seed
         self.num_processes = num_processes
@@ -104,13 +116,19 @@ class ReferenceBatchSampler(Sampler[list[int]]):
         for batch in range(start, len(self)):
             index = batch * self.num_processes + self.process_index
             sources = order[index * self.num_sources : (index + 1) * self.num_sources]
-            yield sources + self._others(sources, random.Random(f"{self.seed}/{epoch}/{index}"))
+            if self.share_references:
+                step = self.num_sources * self.num_processes
+                everyones = order[batch * step : (batch + 1) * step]
+                others = self._others(everyones, random.Random(f"{self.seed}/{epoch}/{batch}"))
+                yield sources + others[self.process_index :: self.num_processes]
+            else:
+                yield sources + self._others(sources, random.Random(f"{self.seed}/{epoch}/{index}"))
 
     def _others(self, sources: list[int], draw: random.Random) -> list[int]:
-        """n - B distinct indices outside `sources`, in random order."""
-        ranks = draw.sample(range(self.num_examples - self.num_sources), self.batch_size - self.num_sources)
+        """The distinct indices to draw outside `sources`, in random order."""
+        ranks = draw.sample(range(self.num_examples - len(sources)), self._num_drawn)
         # The r-th index outside the sources lies as many places further as there are sources before it.
-        gaps = torch.tensor(sorted(sources)) - torch.arange(self.num_sources)
+        gaps = torch.tensor(sorted(sources)) - torch.arange(len(sources))
         rank = torch.tensor(ranks, dtype=torch.int64)
         return (rank + torch.searchsorted(gaps, rank, right=True)).tolist()
 

@@ -17,7 +17,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 LAYERS = [
     {"prediction", "posterior", "metrics"},
     {"noise"},
-    {"reference", "denoising", "solvers"},
+    {"reference", "reference_bank", "denoising", "solvers"},
     {"objective"},
     {"diagnostics"},
     {"plotting"},
@@ -32,13 +32,14 @@ TORCH_ALONE = (
     "metrics",
     "noise",
     "reference",
+    "reference_bank",
     "denoising",
     "solvers",
     "objective",
     "diagnostics",
 )
 # Packages that one function needs, and imports itself.
-WHERE_USED = {"solvers": {"scipy"}}
+WHERE_USED = {"solvers": {"scipy"}, "reference_bank": {"datasets", "numpy", "tqdm"}}
 
 
 def layer(module):
