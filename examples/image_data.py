@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -179,8 +180,10 @@ class ImageColumn(torch.utils.data.Dataset):
         labels: Sequence[int] | None = None,
         images: Tensor | None = None,
         seed: int = 0,
+        label_column: str | None = None,
     ) -> None:
         self.dataset, self.column, self.reader, self.images, self.seed = dataset, column, reader, images, seed
+        self.label_column = label_column
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
 
     def __len__(self) -> int:
@@ -190,6 +193,13 @@ class ImageColumn(torch.utils.data.Dataset):
     def shape(self) -> tuple[int, int, int]:
         """(C, R, R) of each image."""
         return self.reader.channels, self.reader.resolution, self.reader.resolution
+
+    @cached_property
+    def crops_at_random(self) -> bool:
+        """Whether an image is read differently each time."""
+        if self.images is not None or self.reader.center_crop:
+            return False
+        return any(image.width != image.height for image in self.dataset[self.column])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         index = torch.tensor(indices)

@@ -55,10 +55,11 @@ from image_data import (
     make_reader,
     measure_standard_deviation,
 )
+from references import choose_references
 from stf_diffusers import EDM, VE, VP, ReferenceBatchCollator, ReferenceBatchSampler, STFTrainingObjective
 from stf_diffusers.export import diffusers_pipeline, process_to_config, read_metadata, save_pipeline
 from stf_diffusers.model_card import model_card
-from training_log import TrainingLog
+from training_log import TargetShare, TrainingLog
 
 logger = get_logger(__name__)
 
@@ -137,9 +138,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method = parser.add_argument_group("method")
     method.add_argument("--objective", choices=["stf", "dsm"], default="stf", help="dsm: without references.")
     method.add_argument(
+        "--reference",
+        choices=["batch", "bank"],
+        help="Where references come from: read with each batch, or a bank of all images. Default: a bank, where the "
+        "decoded images fit into --reference_memory_gb and no --reference_batch_size is given.",
+    )
+    method.add_argument(
         "--reference_batch_size",
         type=count,
-        help="References n behind each target, per process, the batch itself included. Default: 4096, or all images.",
+        help="Of reference batches: n behind each target, per process (with --share_reference of all processes), the "
+        "batch itself included. Default: 4096, or all images.",
+    )
+    method.add_argument("--reference_memory_gb", type=positive, default=2.0, help="GiB for a bank chosen by default.")
+    method.add_argument(
+        "--reference_device",
+        choices=["cuda", "cpu", "disk"],
+        help="Where a bank is kept: on the GPU, in pinned memory, or in a file of output_dir for data larger than memory. "
+        "Default: the device that trains.",
+    )
+    method.add_argument(
+        "--share_reference",
+        action="store_true",
+        help="Spread the references over the processes: each holds a part of the bank, or of one reference batch.",
     )
     method.add_argument("--noise_process", choices=list(PROCESS_PARAMETERS), help="Default: edm.")
     method.add_argument(
@@ -243,6 +263,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--model_config and --pretrained_model_name_or_path exclude each other.")
     if args.objective == "dsm" and args.reference_batch_size is not None:
         parser.error("--reference_batch_size has no effect with --objective dsm; leave it out.")
+    if args.objective == "dsm" and (args.reference or args.reference_device or args.share_reference):
+        parser.error("--reference, --reference_device and --share_reference have no effect with --objective dsm.")
+    if args.reference == "bank" and args.reference_batch_size is not None:
+        parser.error("--reference bank uses all images: leave --reference_batch_size out, or pass --reference batch.")
+    if args.reference_device and args.reference != "bank":
+        parser.error("--reference_device needs --reference bank.")
+    if args.reference_device == "cuda" and not torch.cuda.is_available():
+        parser.error("--reference_device cuda: there is no GPU.")
     if args.reference_batch_size is not None and args.reference_batch_size < args.train_batch_size:
         parser.error(
             f"--reference_batch_size {args.reference_batch_size} includes the batch itself, so it must be at least "
@@ -353,7 +381,7 @@ def load_images(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Ima
     column = find_column(dataset, datasets.Image, args.image_column, "--image_column")
     if column is None:
         raise ValueError(f"no column holds images among {dataset.column_names}; name one with --image_column.")
-    labels, num_classes = None, None
+    labels, num_classes, label_column = None, None, None
     if args.class_conditional or args.label_column:
         label_column = find_column(dataset, datasets.ClassLabel, args.label_column, "--label_column")
         if label_column is None:
@@ -366,7 +394,9 @@ def load_images(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Ima
     reader = make_reader(dataset, column, args.image_mode, args.resolution, args.center_crop)
     quiet = not accelerator.is_local_main_process
     decoded = decode_all(dataset, column, reader, args.image_memory_gb * 2**30, quiet)
-    return ImageColumn(dataset, column, reader, labels, decoded, args.seed), num_classes
+    return ImageColumn(
+        dataset, column, reader, labels, decoded, args.seed, label_column if labels else None
+    ), num_classes
 
 
 def seed_for(*parts: int) -> int:
@@ -485,15 +515,8 @@ def main(argv: list[str] | None = None) -> None:
             "--overwrite_output_dir, or choose another --output_dir."
         )
     images, num_classes = load_images(args, accelerator)
-    if args.train_batch_size * num_processes > len(images):
-        raise ValueError(
-            f"--train_batch_size {args.train_batch_size} on {num_processes} process(es) exceeds the {len(images)} images "
-            "there are. Lower it."
-        )
-    n = args.reference_batch_size or max(args.train_batch_size, min(4096, len(images)))
-    if args.objective == "dsm":
-        n = args.train_batch_size
-    sampler = ReferenceBatchSampler(len(images), args.train_batch_size, n, args.seed, num_processes, process_index)
+    references = choose_references(args, images, accelerator)
+    sampler = references.sampler
     loader = DataLoader(
         images,
         batch_sampler=sampler,
@@ -529,7 +552,9 @@ def main(argv: list[str] | None = None) -> None:
         **{name: getattr(args, name) for name in KEPT_FLAGS},
         "process": process_to_config(process),
         "sampling_range": sampling_range,
-        "reference_batch_size": n,
+        "reference": references.kind,
+        "reference_batch_size": references.n,
+        "share_reference": references.shared,
         "num_processes": num_processes,
         "num_images": len(images),
         "num_classes": num_classes,
@@ -553,8 +578,8 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.log_with:
         accelerator.init_trackers("stf_diffusers", config=tracked_flags(args))
     logger.info(
-        "%s with n = %d references on %s; %d images of %s, %s; %.1f M parameters; %d steps of %d images on %d process(es).",
-        args.objective.upper(), 1 if args.objective == "dsm" else n, process, len(images), images.shape,
+        "%s on %s with %s; %d images of %s, %s; %.1f M parameters; %d steps of %d images on %d process(es).",
+        args.objective.upper(), process, references, len(images), images.shape,
         "decoded in memory" if images.images is not None else "decoded as they are read",
         unet.num_parameters() / 1e6, max_steps, images_per_step, num_processes,
     )  # fmt: skip
@@ -601,7 +626,7 @@ def main(argv: list[str] | None = None) -> None:
                 hub.push(output_dir, f"Pipeline after {step} steps", grid)
         accelerator.wait_for_everyone()
 
-    log = TrainingLog(accelerator)
+    log, target_share = TrainingLog(accelerator), TargetShare(device)
     stream = batches_from(first_step * args.gradient_accumulation_steps, loader, sampler)
     noise_generator, flip_generator = torch.Generator(device), torch.Generator(device)
     progress = tqdm(
@@ -617,16 +642,11 @@ def main(argv: list[str] | None = None) -> None:
             flip_generator.manual_seed(seed_for(args.seed, process_index, step, micro, 1))
             torch.manual_seed(seed_for(args.seed, process_index, step, micro, 2))  # dropout
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            reference = batch["reference_images"]
             if args.random_flip:
-                reference = flip_at_random(reference, flip_generator)
-            perturbed = objective.perturb(
-                reference[: args.train_batch_size],
-                reference=None if args.objective == "dsm" else reference,
-                labels=batch.get("labels"),
-                reference_labels=batch.get("reference_labels"),
-                generator=noise_generator,
-            )
+                batch["reference_images"] = flip_at_random(batch["reference_images"], flip_generator)
+            sources = batch["reference_images"][: args.train_batch_size]
+            with target_share.targets():
+                perturbed = objective.perturb(sources, generator=noise_generator, **references.of(batch))
             with accelerator.accumulate(model):
                 output = model(perturbed.model_input, perturbed.timestep, class_labels=batch.get("labels")).sample
                 loss = objective.loss(output, perturbed)
@@ -642,6 +662,7 @@ def main(argv: list[str] | None = None) -> None:
             if ema is not None:
                 ema.step(unet.parameters())
         progress.update()
+        target_share.step_done()
         checkpoint_due = step % args.checkpointing_steps == 0
         if step in (first_step + 1, max_steps) or step % args.logging_steps == 0 or checkpoint_due:
             report = log.flush() | {"learning_rate": learning_rate, "gradient_norm": float(gradient_norm)}

@@ -104,7 +104,8 @@ def model_card(
         "data": dataset or metadata.get("dataset"),
         "noise process": f"{saved.pop('name').upper()} ({', '.join(f'{k} = {v}' for k, v in saved.items())})",
         "references per target": {
-            "stf": f"{metadata.get('reference_batch_size', 0):,}",
+            "stf": f"{metadata.get('reference_batch_size', 0):,}"
+            + (" (all of the data)" if metadata.get("reference") == "bank" else ""),
             "dsm": "none (denoising score matching)",
         }.get(objective or ""),
         "optimizer steps": f"{metadata['steps']:,}" if "steps" in metadata else None,

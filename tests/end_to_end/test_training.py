@@ -178,6 +178,68 @@ def test_class_conditional(flags, tmp_path):
     assert len(pipe(batch_size=2, class_labels=[0, 1], num_inference_steps=2).images) == 2
 
 
+def largest_difference(left, right):
+    left, right = weights(left), weights(right)
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+@pytest.mark.parametrize("more", [[], ["--random_flip"], ["--class_conditional", "--random_flip"]])
+def test_bank_in_memory_and_on_disk(more, flags, tmp_path, caplog):
+    """Without a flag the references are a bank; in a file it is the same; a batch of all images without flips too."""
+    caplog.set_level("INFO")
+
+    def train(name, *options):
+        script.main(flags("--output_dir", tmp_path / name, "--max_train_steps", 5, *more, *options))
+        AcceleratorState._reset_state(True)
+        return tmp_path / name
+
+    default = train("default")
+    count = 48 if "--random_flip" in more else 24
+    assert f"n = {count} references, a bank of all images" in caplog.text
+    assert re.search(r"Targets take 0\.\d+ of the \d+\.\d+ seconds of a step", caplog.text)
+    metadata = json.loads((default / "scheduler" / "scheduler_config.json").read_text())["_stf"]
+    assert (metadata["reference"], metadata["reference_batch_size"]) == ("bank", count)
+    assert f"| references per target | {count} (all of the data) |" in (default / "README.md").read_text()
+    disk = train("disk", "--reference", "bank", "--reference_device", "disk")
+    assert same(weights(default), weights(disk))
+    assert (disk / "reference_bank.safetensors").is_file()
+    batch = train("batch", "--reference_batch_size", 24)
+    assert "read with each batch" in caplog.text
+    if not more:
+        assert largest_difference(default, batch) < 1e-5
+    else:
+        assert largest_difference(default, batch) > 1e-5, "flips are in the bank, not in the batch"
+
+
+@pytest.mark.parametrize("options", [["--reference", "bank"], ["--reference_batch_size", 22]], ids=["bank", "batch"])
+def test_references_shared_by_two_processes(options, flags, tmp_path):
+    options = [*map(str, options), "--max_train_steps", "3", "--share_reference"]
+    output = launch(flags("--output_dir", tmp_path / "shared", *options), processes=2)
+    assert ("a part on each process" if "bank" in options else "shared by all processes") in output
+    if "bank" in options:
+        launch(flags("--output_dir", tmp_path / "whole", *options[:-1]), processes=2)
+        assert largest_difference(tmp_path / "shared", tmp_path / "whole") < 1e-5
+
+
+def test_images_cropped_at_random_have_no_bank(flags, tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for index in range(8):
+        Image.fromarray(draw.integers(0, 256, (8, 10, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    options = ["--train_data_dir", folder, "--resolution", 8]
+    for device in ([], ["--reference_device", "disk"]):
+        with pytest.raises(ValueError, match=r"--center_crop"):
+            script.main(flags(*options, "--reference", "bank", *device))
+        AcceleratorState._reset_state(True)
+    assert not (tmp_path / "run").exists()
+    script.main(flags(*options, "--reference", "bank", "--center_crop", "--reference_device", "disk"))
+    AcceleratorState._reset_state(True)
+    script.main(flags(*options, "--output_dir", tmp_path / "default"))
+    assert "read with each batch" in caplog.text
+
+
 def test_fine_tuning_takes_weights_and_process_from_the_pipeline(flags, tmp_path):
     script.main(flags("--noise_process", "vp", "--beta_d", 12))
     first = tmp_path / "run"
@@ -233,6 +295,7 @@ def test_flags_from_a_file(flags, tmp_path):
 def test_every_flag_is_read(name):
     module = __import__(name)
     source = (EXAMPLES / f"{name}.py").read_text().split("args = parser.parse_args(argv)")[1]
+    source += (EXAMPLES / "references.py").read_text()
     by_name = {parameter for names in script.PROCESS_PARAMETERS.values() for parameter in names}
     required = ["--model", "m", "--output_dir", "d"] if name == "generate" else []
     for flag in vars(module.parse_args(required)):
@@ -303,6 +366,9 @@ WRONG = {
     "batch above images": (["--train_batch_size", "25"], "--train_batch_size 25"),
     "references above images": (["--reference_batch_size", "25"], "exceeds the 24 images"),
     "references below batch": (["--reference_batch_size", "3"], "includes the batch itself"),
+    "bank for dsm": (["--objective", "dsm", "--reference", "bank"], "no effect with --objective dsm"),
+    "bank of n": (["--reference", "bank", "--reference_batch_size", "8"], "uses all images"),
+    "device of a batch": (["--reference_device", "disk"], "needs --reference bank"),
     "references for dsm": (["--objective", "dsm", "--reference_batch_size", "8"], "no effect"),
     "foreign parameter": (["--noise_process", "vp", "--p_mean", "0"], "--p_mean is no parameter"),
     "unknown process": (["--noise_process", "cosine"], "invalid choice"),
