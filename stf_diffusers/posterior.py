@@ -151,11 +151,14 @@ def squared_norms(images: Tensor) -> Tensor:
     """
     if images.dtype != torch.int8:
         return torch.linalg.vector_norm(images, dim=1, dtype=torch.float64).square()
-    values = images.to(torch.float32)
-    # 512 terms of at most 2^14 each are summed exactly in float32.
-    parts = [part.sum(1) for part in values.split(512, dim=1)]
-    parts += [part.sum(1) for part in values.square_().split(512, dim=1)]
-    return torch.stack(parts).to(torch.float64).sum(0)
+    norms = []
+    for block in images.split(max(1, 2**19 // max(images.shape[1], 1))):  # 2 MiB in float32
+        values = block.to(torch.float32)
+        # 512 terms of at most 2^14 each are summed exactly in float32.
+        parts = [part.sum(1) for part in values.split(512, dim=1)]
+        parts += [part.sum(1) for part in values.square_().split(512, dim=1)]
+        norms.append(torch.stack(parts).to(torch.float64).sum(0))
+    return torch.cat(norms)
 
 
 def _digits(values: Tensor) -> Tensor:
@@ -198,6 +201,13 @@ def choose_arithmetic(device_type: str, dtype: torch.dtype, dimension: int) -> A
     return "float64"
 
 
+# Logits this far below the largest add less than 2^-64 of the sum each.
+_NEGLIGIBLE = -64 * math.log(2)
+
+# Rows with at most so many references that matter are summed one by one.
+_FEW = 16
+
+
 class _Queries:
     """Noisy images against chunks of references, in one arithmetic.
 
@@ -225,17 +235,48 @@ class _Queries:
             product = self.query @ images.to(torch.float64).T
         return product * self.inverse_variance[:, None] - self.half_scale[:, None] * norms
 
-    def weighted_sum(self, weights: Tensor, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def state(self, logits: Tensor, images: Tensor, dtype: torch.dtype) -> PosteriorState:
+        """The state of references (c, D) with the given logits (B, c)."""
+        maximum = logits.amax(1)
+        weights = (logits - maximum.masked_fill(maximum.isneginf(), 0)[:, None]).exp_()
+        total, normalizer = self._weighted_sum(weights, images, dtype)
+        return PosteriorState(maximum, normalizer, weights.square_().sum(1), total)
+
+    def sparse_state(
+        self, logits: Tensor, images: Tensor, floor: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, PosteriorState]:
+        """The rows (b,) for which some of these references matter, and the state of those rows.
+
+        References that add less than 2^-64 of the sum, `floor` (B,) being the largest logit so far, are left out; of
+        rows with a few others only those are read. Finding them waits for the device: for CPUs.
+        """
+        maximum = logits.amax(1)
+        used = logits >= (torch.maximum(maximum, floor) + _NEGLIGIBLE)[:, None]
+        used &= ~maximum.isneginf()[:, None]
+        counts = used.sum(1)
+        active = counts.nonzero().flatten()
+        if len(active) < len(logits):
+            logits, used, counts, maximum = logits[active], used[active], counts[active], maximum[active]
+        weights = (logits - maximum[:, None]).exp_().masked_fill_(~used, 0)
+        dense = counts > _FEW
+        if bool(dense.all()):
+            total, normalizer = self._weighted_sum(weights, images, dtype)
+        else:
+            total = torch.zeros(len(active), images.shape[1], dtype=dtype)
+            normalizer = weights.sum(1)
+            row, column = (used & ~dense[:, None]).nonzero().unbind(1)
+            total.index_add_(0, row, images[column].to(dtype) * weights[row, column].to(dtype)[:, None])
+            if bool(dense.any()):
+                total[dense], normalizer[dense] = self._weighted_sum(weights[dense], images, dtype)
+        return active, PosteriorState(maximum, normalizer, weights.square_().sum(1), total)
+
+    def _weighted_sum(self, weights: Tensor, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The sum of the references (c, D) under float64 weights (B, c) in [0, 1], and the sum of those weights."""
         if self.arithmetic != "int8":
             return weights.to(dtype) @ images.to(dtype), weights.sum(1)
         rounded = (weights * _FULL_SCALE).round().to(torch.int64)
         total = _integer_product(_digits(rounded), images)
         return (total / _FULL_SCALE).to(dtype), rounded.sum(1).to(torch.float64) / _FULL_SCALE
-
-
-# Below this a row's chunk adds less than 2^-64 of the sum for each of its references.
-_NEGLIGIBLE = -64 * math.log(2)
 
 
 def posterior_state(
@@ -287,22 +328,14 @@ def posterior_state(
             logits = queries.logits(images, known)
             if mask is not None:
                 logits = logits.masked_fill_(~mask[:, chunk].to(noisy.device), -torch.inf)
-            maximum = logits.amax(1)
             if noisy.device.type == "cpu":
-                # Rows that this chunk has nothing for. Elsewhere, finding them would wait for the device.
-                active = (maximum - state.maximum >= _NEGLIGIBLE) & ~maximum.isneginf()
-                if not bool(active.any()):
-                    continue
-                if not bool(active.all()):
-                    logits, kept = logits[active], maximum[active]
-                    weights = (logits - kept[:, None]).exp_()
-                    total, normalizer = queries.weighted_sum(weights, images, dtype)
-                    part = PosteriorState(kept, normalizer, weights.square_().sum(1), total)
-                    state = state.merge_rows(active.nonzero().flatten(), part)
-                    continue
-            weights = (logits - maximum.masked_fill(maximum.isneginf(), 0)[:, None]).exp_()
-            total, normalizer = queries.weighted_sum(weights, images, dtype)
-            state = state.merge(PosteriorState(maximum, normalizer, weights.square_().sum(1), total))
+                rows_used, part = queries.sparse_state(logits, images, state.maximum, dtype)
+                if len(rows_used) == batch_size:
+                    state = state.merge(part)
+                elif len(rows_used):
+                    state = state.merge_rows(rows_used, part)
+            else:
+                state = state.merge(queries.state(logits, images, dtype))
     return state
 
 
