@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """What share of a training step do STF's targets take?
 
-    python benchmarks/training_overhead.py --batch_size 64 --n 1024 4096 --output overhead.json
+    python benchmarks/training_overhead.py --batch_size 64 --n 1024 4096 50000 --output overhead.json
 
 Whole steps (targets, forward, backward, optimizer) with DSM and with STF alternate in one run, on random images of the
-network's size. The table gives, as medians over the pairs, the time in `perturb`, the step, and their ratio.
+network's size. Up to 8,192 references are a reference batch, more are a `ReferenceBank`. The table gives, as medians over
+the pairs, the time in `perturb`, the step, and the share of the step that the targets take beyond DSM's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DModel
 
-from stf_diffusers import EDM, STFTrainingObjective
+from stf_diffusers import EDM, ReferenceBank, STFTrainingObjective
 
 PRESET = Path(__file__).parents[1] / "examples" / "configs" / "cifar10_32.json"
 
@@ -28,13 +29,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", type=Path, default=PRESET)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--n", type=int, nargs="+", default=[1024, 4096], help="Reference batch sizes.")
+    parser.add_argument("--n", type=int, nargs="+", default=[1024, 4096, 50000], help="References.")
     parser.add_argument("--pairs", type=int, default=3, help="Counted pairs of steps per n, after one that is not.")
     parser.add_argument("--output", type=Path, default=Path("training_overhead.json"))
     args = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = json.loads(args.model_config.read_text())
+    config = {"sample_size": 32, "in_channels": 3, "out_channels": 3, **json.loads(args.model_config.read_text())}
     unet = UNet2DModel.from_config(config).to(device)
     optimizer = torch.optim.AdamW(unet.parameters())
     objective = STFTrainingObjective(EDM())
@@ -45,10 +46,10 @@ def main() -> None:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def step(reference: torch.Tensor, stf: bool) -> tuple[float, float]:
+    def step(sources: torch.Tensor, reference: torch.Tensor | ReferenceBank | None) -> tuple[float, float]:
         """Seconds in `perturb`, and in the whole step."""
         start = now()
-        batch = objective.perturb(reference[: args.batch_size], reference=reference if stf else None)
+        batch = objective.perturb(sources, reference=reference)
         targets = now()
         objective.loss(unet(batch.model_input, batch.timestep).sample, batch).backward()
         optimizer.step()
@@ -61,8 +62,9 @@ def main() -> None:
     )
     print(f"{'n':>8} {'perturb DSM':>12} {'perturb STF':>12} {'step STF':>10} {'share':>8} {'STF/DSM step':>13}")
     for n in args.n:
-        reference = torch.randint(0, 256, (n, *shape), dtype=torch.uint8, device=device)
-        pairs = [(step(reference, False), step(reference, True)) for _ in range(args.pairs + 1)][1:]
+        images = torch.randint(0, 256, (n, *shape), dtype=torch.uint8, device=device)
+        reference, sources = images if n <= 8192 else ReferenceBank(images), images[: args.batch_size]
+        pairs = [(step(sources, None), step(sources, reference)) for _ in range(args.pairs + 1)][1:]
         row = {
             "n": n,
             "perturb_dsm_s": statistics.median(dsm[0] for dsm, _ in pairs),

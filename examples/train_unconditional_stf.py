@@ -189,6 +189,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     network.add_argument("--gradient_checkpointing", action="store_true", help="Trade time for memory in the network.")
     network.add_argument("--compile", action="store_true", help="torch.compile the network.")
+    network.add_argument("--channels_last", action="store_true", help="Channels-last layout in the network.")
     network.add_argument("--allow_tf32", action="store_true", help="TF32 in the network; targets stay exact.")
     network.add_argument(
         "--mixed_precision",
@@ -451,6 +452,7 @@ def make_optimizer(
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
+        fused=True,
     )
     schedule = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
@@ -531,6 +533,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(seed_for(args.seed))
     unet = build_unet(args, images.reader, num_classes)
     diffusers_pipeline(unet, process, **sampling_range)  # an impossible range fails now, not after the training
+    if args.channels_last:
+        unet.to(memory_format=torch.channels_last)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     images_per_step = args.gradient_accumulation_steps * args.train_batch_size * num_processes
