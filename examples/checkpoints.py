@@ -83,14 +83,37 @@ def save_checkpoint(
             named = {name: average for (name, _), average in zip(unet.named_parameters(), averages, strict=True)}
             save_file(named, staging / AVERAGE, metadata={"state": json.dumps(scalars)})
         (staging / MANIFEST).write_text(json.dumps({"step": step, "run": run}, indent=2))
+        for path in staging.iterdir():
+            sync(path)
+        sync(staging)
         if final.exists():
             discard(final)
         os.replace(staging, final)
+        sync(output_dir)
         if limit is not None:
             for path in complete_checkpoints(output_dir)[:-limit]:
                 if path != final:
                     discard(path)
     accelerator.wait_for_everyone()
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk before anything that relies on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a run that was killed left half-written or half-removed."""
+    for pattern in (".saving-*", ".removing-*", ".upload-*", ".writing-*"):
+        for path in output_dir.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def discard(checkpoint: Path) -> None:

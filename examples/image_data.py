@@ -210,6 +210,7 @@ class ImageColumn(torch.utils.data.Dataset):
             columns = {
                 "images": torch.stack([self.reader(image, draw) for image in self.dataset[indices][self.column]])
             }
+        columns["index"] = index
         if self.labels is not None:
             columns["label"] = self.labels[index]
         return columns

@@ -7,9 +7,10 @@
     # CIFAR-10 with Karras et al.'s DDPM++ on 8 GPUs in bf16
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 examples/train_unconditional_stf.py \\
         --dataset_name cifar10 --model_config examples/configs/cifar10_32.json --random_flip \\
-        --noise_process edm --reference_batch_size 4096 --train_batch_size 64 --learning_rate 2e-4 \\
+        --noise_process edm --train_batch_size 64 --learning_rate 2e-4 \\
         --max_train_steps 200000 --checkpointing_steps 10000 --output_dir cifar10-stf
 
+    # SIGTERM or SIGUSR1 to the training processes: a checkpoint after the current step, exit code 75
     # the flags from a file, one or more per line
     accelerate launch examples/train_unconditional_stf.py @my_flags.txt --resume_from_checkpoint latest
 """
@@ -25,6 +26,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from checkpoints import complete_checkpoints, discard, find_checkpoint, load_checkpoint, read_step, save_checkpoint
+from checkpoints import (
+    complete_checkpoints,
+    discard,
+    find_checkpoint,
+    load_checkpoint,
+    read_step,
+    remove_leftovers,
+    save_checkpoint,
+)
 from hub_upload import HubUpload
 from image_data import (
     ImageColumn,
@@ -59,6 +69,7 @@ from references import choose_references
 from stf_diffusers import EDM, VE, VP, ReferenceBatchCollator, ReferenceBatchSampler, STFTrainingObjective
 from stf_diffusers.export import diffusers_pipeline, process_to_config, read_metadata, save_pipeline
 from stf_diffusers.model_card import model_card
+from stop_signal import REQUEUE_EXIT_CODE, StopSignal
 from training_log import TargetShare, TrainingLog
 
 logger = get_logger(__name__)
@@ -431,6 +442,11 @@ def sample_grid(
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
 
+def collate(collator: ReferenceBatchCollator, columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The collated batch, and the positions of its sources in the data set."""
+    return {**collator(columns), "index": columns["index"][: collator.batch_size]}
+
+
 def batches_from(
     position: int, loader: DataLoader, sampler: ReferenceBatchSampler
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -522,7 +538,7 @@ def main(argv: list[str] | None = None) -> None:
     loader = DataLoader(
         images,
         batch_sampler=sampler,
-        collate_fn=ReferenceBatchCollator(args.train_batch_size),
+        collate_fn=partial(collate, ReferenceBatchCollator(args.train_batch_size)),
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_num_workers > 0,
         pin_memory=device.type == "cuda",
@@ -574,6 +590,7 @@ def main(argv: list[str] | None = None) -> None:
         hub = HubUpload(args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(output_dir)
         if args.overwrite_output_dir:
             for path in complete_checkpoints(output_dir):
                 discard(path)
@@ -630,7 +647,7 @@ def main(argv: list[str] | None = None) -> None:
                 hub.push(output_dir, f"Pipeline after {step} steps", grid)
         accelerator.wait_for_everyone()
 
-    log, target_share = TrainingLog(accelerator), TargetShare(device)
+    log, target_share, stop = TrainingLog(accelerator), TargetShare(device), StopSignal()
     stream = batches_from(first_step * args.gradient_accumulation_steps, loader, sampler)
     noise_generator, flip_generator = torch.Generator(device), torch.Generator(device)
     progress = tqdm(
@@ -659,7 +676,7 @@ def main(argv: list[str] | None = None) -> None:
                     gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            log.add(loss, perturbed)
+            log.add(loss, perturbed, step, batch["index"])
         learning_rate = lr_scheduler.get_last_lr()[0]
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
@@ -668,19 +685,24 @@ def main(argv: list[str] | None = None) -> None:
         progress.update()
         target_share.step_done()
         checkpoint_due = step % args.checkpointing_steps == 0
-        if step in (first_step + 1, max_steps) or step % args.logging_steps == 0 or checkpoint_due:
+        stopping = stop.agreed() and step < max_steps
+        if step in (first_step + 1, max_steps) or step % args.logging_steps == 0 or checkpoint_due or stopping:
             report = log.flush() | {"learning_rate": learning_rate, "gradient_norm": float(gradient_norm)}
             progress.set_postfix(loss=f"{report['loss']:.4f}", lr=f"{learning_rate:.2e}")
             accelerator.log(report, step=step)
-            if not math.isfinite(report["loss"]):
-                raise FloatingPointError(f"the loss is {report['loss']} at step {step}; nothing was saved after it.")
-        if checkpoint_due:
+        if checkpoint_due or stopping:
             save_checkpoint(accelerator, output_dir, step, unet, ema, run, args.checkpoints_total_limit)
+        if stopping:
+            logger.info("Stopped by a signal after step %d; --resume_from_checkpoint latest continues.", step)
+            progress.close()
+            accelerator.end_training()
+            raise SystemExit(REQUEUE_EXIT_CODE)
         if step < max_steps and args.hub_steps and step % args.hub_steps == 0:
             save(step)
         elif step < max_steps and args.sample_steps and step % args.sample_steps == 0:
             save_grid(averaged_pipeline(step), step)
     progress.close()
+    stop.restore()
 
     save(max(first_step, max_steps))
     if hub:

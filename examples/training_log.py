@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,13 +41,16 @@ class TrainingLog:
         # loss sum, micro-batches, then per noise level: sum of effective sample sizes, rows
         self._sums = torch.zeros(2 + 2 * len(NOISE_LEVELS), device=self.accelerator.device)
         self._images, self._wait, self._start = 0, 0.0, time.perf_counter()
+        self._recent: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     def waited(self, seconds: float) -> None:
         """Time the step stood still for data."""
         self._wait += seconds
 
-    def add(self, loss: Tensor, batch: PerturbedBatch) -> None:
+    def add(self, loss: Tensor, batch: PerturbedBatch, step: int, index: Tensor) -> None:
+        """A micro-batch of optimizer step `step`, of the images at `index` (B,) in the data set."""
         level = torch.bucketize((batch.sigma / batch.alpha).to(self._edges.dtype), self._edges)
+        self._recent.append((step, loss.detach(), (batch.sigma / batch.alpha).detach(), index))
         self._sums[0] += loss.detach()
         self._sums[1] += 1
         ones = torch.ones_like(batch.effective_sample_size, dtype=self._sums.dtype)
@@ -55,8 +59,14 @@ class TrainingLog:
         self._images += len(batch.t)
 
     def flush(self) -> dict[str, float]:
-        """Loss, images per second, share of time spent waiting for data, mean effective sample size by noise level."""
+        """Loss, images per second, share of time spent waiting for data, mean effective sample size by noise level.
+
+        Raises:
+            FloatingPointError: a loss since the last call was not finite; on every process, naming its own micro-batch.
+        """
         loss, count, *by_level = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+        if not math.isfinite(loss):
+            self._explain()
         elapsed = time.perf_counter() - self._start
         report = {
             "loss": loss / count,
@@ -69,6 +79,19 @@ class TrainingLog:
                 report[f"effective_sample_size/{name}"] = total / rows
         self._reset()
         return report
+
+    def _explain(self) -> None:
+        for step, loss, level, index in self._recent:
+            if not bool(loss.isfinite()):
+                rows = ", ".join(
+                    f"{row} (sigma {sigma:.3g})" for row, sigma in zip(index.tolist(), level.tolist(), strict=True)
+                )
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at step {step}. Nothing was saved after it; the last checkpoint is good. "
+                    "Lower --learning_rate, or use bf16 instead of fp16. The images of the micro-batch and their noise "
+                    f"levels: {rows}."
+                )
+        raise FloatingPointError("the loss of another process is not finite; see its message.")
 
 
 class TargetShare:

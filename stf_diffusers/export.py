@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -159,8 +158,9 @@ def save_pipeline(
 ) -> None:
     """Write a pipeline to `folder`; other files in the folder stay.
 
-    Everything is written aside first and moved into place when complete, `model_index.json` last, so that a write that
-    fails (a full disk, say) leaves an earlier pipeline whole.
+    Everything is written aside and synced first, then moved into place file by file, `model_index.json` last. A write that
+    fails (a full disk, say) leaves an earlier pipeline whole; a process that dies while files are moved leaves each of them
+    whole, some of the new pipeline and some of the earlier one.
 
     Args:
         pipeline: as from `diffusers_pipeline`.
@@ -169,16 +169,20 @@ def save_pipeline(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging,
-        tempfile.TemporaryDirectory(prefix=".replaced-", dir=folder) as replaced,
-    ):
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
         pipeline.save_pretrained(staging)
         if raw_unet is not None:
             raw_unet.save_pretrained(Path(staging) / "unet_raw")
-        elif (folder / "unet_raw").exists():
-            shutil.move(folder / "unet_raw", replaced)
-        for entry in sorted(Path(staging).iterdir(), key=lambda path: path.is_file()):
-            if (folder / entry.name).exists():
-                os.replace(folder / entry.name, Path(replaced) / entry.name)
-            os.replace(entry, folder / entry.name)
+        new = [path.relative_to(staging) for path in Path(staging).rglob("*") if path.is_file()]
+        for name in new:
+            with open(Path(staging) / name, "rb") as file:
+                os.fsync(file.fileno())
+        for name in sorted(new, key=lambda name: name == Path("model_index.json")):
+            (folder / name).parent.mkdir(exist_ok=True)
+            os.replace(Path(staging) / name, folder / name)
+    for kind in ("unet", "unet_raw", "scheduler"):
+        for path in (folder / kind).glob("*"):
+            if path.relative_to(folder) not in new:
+                path.unlink()
+    if raw_unet is None and (folder / "unet_raw").is_dir():
+        (folder / "unet_raw").rmdir()

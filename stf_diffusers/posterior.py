@@ -166,7 +166,9 @@ def _digits(values: Tensor) -> Tensor:
 
     The lowest digits of all rows come first.
     """
-    digits = (values + 0x80808080).view(torch.uint8).view(*values.shape, 8)[..., :4]
+    # Into a new tensor: elementwise results keep odd strides in dimensions of one, which cannot be viewed as bytes.
+    shifted = torch.add(values, 0x80808080, out=torch.empty(values.shape, dtype=torch.int64, device=values.device))
+    digits = shifted.view(torch.uint8).view(*values.shape, 8)[..., :4]
     return centred_levels(digits.permute(2, 0, 1).reshape(-1, values.shape[1]))
 
 
@@ -310,6 +312,8 @@ def posterior_state(
         per_chunk = _CHUNK_ELEMENTS.get(noisy.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
         per_chunk = _INT8_CHUNK_ELEMENTS if arithmetic == "int8" else per_chunk
         chunk_size = max(1, min(per_chunk // max(dimension, batch_size, 1), _MAX_INT8_TERMS))
+    # Chunks of one size, so that the last is not a sliver.
+    chunk_size = math.ceil(len(rows) / max(1, math.ceil(len(rows) / chunk_size))) or 1
     dtype = torch.float64 if noisy.dtype == reference.dtype == torch.float64 else torch.float32
     with full_precision(noisy.device.type):
         queries = _Queries(noisy, alpha, sigma, reference.dtype == torch.uint8, arithmetic)

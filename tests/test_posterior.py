@@ -303,6 +303,21 @@ def test_pixels(kind, alpha, chunk_size, arithmetic):
     assert torch.equal(alone.mean, pixels[:1].float() / 127.5 - 1), "one reference: that image, bit for bit"
 
 
+@pytest.mark.parametrize("sigma", [0.1, 100.0])
+@pytest.mark.parametrize("n", [1, 2, 17, 18, 19, 36, 40])
+def test_slivers_of_pixels(n, sigma):
+    """Chunks and batches of one, few or many references that matter, at the bounds between them."""
+    pixels = torch.randint(0, 256, (n, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    exact = pixels.double() / 127.5 - 1
+    for batch in {1, min(2, n), n}:
+        level = torch.full((batch,), sigma)
+        noisy = (exact[:batch] + sigma * normal(batch, 7)).float()
+        expected = posterior(noisy, exact, torch.ones(batch), level)[1]
+        for chunk_size in (1, 17, 18, None):
+            result = posterior_mean(noisy, pixels, alpha=1.0, sigma=level, chunk_size=chunk_size, arithmetic="int8")
+            assert worst(result.mean, expected) < 1e-5
+
+
 @pytest.mark.parametrize("dimension", [1, 511, 513, 2**17 + 5])
 def test_pixels_of_any_number(dimension):
     """More than 2^17 pixels would overflow 32-bit sums of 8-bit products: float64 takes over."""
