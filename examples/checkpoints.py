@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,31 +72,49 @@ def save_checkpoint(
     `run` describes what a resumed run must share with this one.
     """
     staging, final = output_dir / f".saving-{PREFIX}{step}", output_dir / f"{PREFIX}{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+    with said_where_it_fails(f"the checkpoint of step {step}", output_dir):
+        if accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(staging))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if ema is not None:
+                scalars = ema.state_dict()
+                averages = scalars.pop("shadow_params")
+                named = {name: average for (name, _), average in zip(unet.named_parameters(), averages, strict=True)}
+                save_file(named, staging / AVERAGE, metadata={"state": json.dumps(scalars)})
+            (staging / MANIFEST).write_text(json.dumps({"step": step, "run": run}, indent=2))
+            for path in staging.iterdir():
+                sync(path)
+            sync(staging)
+            if final.exists():
+                discard(final)
+            os.replace(staging, final)
+            sync(output_dir)
+            if limit is not None:
+                for path in complete_checkpoints(output_dir)[:-limit]:
+                    if path != final:
+                        discard(path)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(staging))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if ema is not None:
-            scalars = ema.state_dict()
-            averages = scalars.pop("shadow_params")
-            named = {name: average for (name, _), average in zip(unet.named_parameters(), averages, strict=True)}
-            save_file(named, staging / AVERAGE, metadata={"state": json.dumps(scalars)})
-        (staging / MANIFEST).write_text(json.dumps({"step": step, "run": run}, indent=2))
-        for path in staging.iterdir():
-            sync(path)
-        sync(staging)
-        if final.exists():
-            discard(final)
-        os.replace(staging, final)
-        sync(output_dir)
-        if limit is not None:
-            for path in complete_checkpoints(output_dir)[:-limit]:
-                if path != final:
-                    discard(path)
-    accelerator.wait_for_everyone()
+
+
+@contextmanager
+def said_where_it_fails(what: str, output_dir: Path) -> Iterator[None]:
+    """Errors of writing say what was written where, and how much room there is: torch's own do not.
+
+    Raises:
+        OSError: whatever went wrong inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(output_dir).free / 2**20
+        raise OSError(
+            f"{what} cannot be written to {output_dir}, where {free:.1f} MiB are free: {error}. What was there before is "
+            "whole; make room, and continue with --resume_from_checkpoint latest."
+        ) from error
 
 
 def sync(path: Path) -> None:

@@ -106,14 +106,15 @@ class ImageReader:
         resolution: R; the shorter side is resized to it (bilinear, antialiased).
         center_crop: crop the centre; otherwise the crop of an image that is not square is random.
         resize: whether other sizes than R x R are resized and cropped; otherwise they are an error.
-        to_grey: whether colour images become grey in mode "L"; otherwise they are an error.
+        convert: whether images of any mode are converted to `mode`; otherwise those that would lose something by it
+            (colour, transparency) are an error.
     """
 
     mode: str
     resolution: int
     center_crop: bool
     resize: bool = True
-    to_grey: bool = True
+    convert: bool = True
 
     @property
     def channels(self) -> int:
@@ -121,9 +122,18 @@ class ImageReader:
 
     def __call__(self, image: Image.Image, draw: random.Random) -> Tensor:
         if image.mode in ("I", "F", "I;16", "I;16L", "I;16B", "I;16N"):
-            raise ValueError(f"image mode {image.mode!r} has more than 8 bits a channel. Convert the images to 8 bits.")
-        if self.mode == "L" and not self.to_grey and image.mode not in ("1", "L", "LA"):
-            raise ValueError(f"found a {image.mode} image among grey ones. Pass --image_mode RGB or --image_mode L.")
+            raise ValueError(f"has mode {image.mode!r}, more than 8 bits a channel. Convert the images to 8 bits.")
+        if not self.convert:
+            transparent = "A" in image.getbands() or "transparency" in image.info
+            if transparent or image.mode not in ("1", "L", "P", "RGB"):
+                what = "transparency" if transparent else f"mode {image.mode}"
+                raise ValueError(
+                    f"has {what}. Pass --image_mode RGBA to keep transparency, or RGB (L) to convert without it."
+                )
+            if self.mode == "L" and image.mode not in ("1", "L"):
+                raise ValueError(
+                    f"has mode {image.mode} where others are grey. Pass --image_mode RGB or --image_mode L."
+                )
         width, height = image.size
         if not self.resize and (width, height) != (self.resolution, self.resolution):
             raise ValueError(
@@ -154,15 +164,31 @@ def make_reader(
     Raises:
         ValueError: the first image is not square and no resolution is given.
     """
-    first = dataset[0][column]
+    first = decode(dataset, column, [0])[0]
     if not isinstance(first, Image.Image):
         raise ValueError(f"column {column!r} holds {type(first).__name__}, not images. Choose one with --image_column.")
     if resolution is None and first.width != first.height:
         raise ValueError(f"the images are not square ({first.width}x{first.height}): pass --resolution.")
     found = "L" if first.mode in ("1", "L", "LA") else "RGB"
     return ImageReader(
-        mode or found, resolution or first.width, center_crop, resize=resolution is not None, to_grey=mode is not None
+        mode or found, resolution or first.width, center_crop, resize=resolution is not None, convert=mode is not None
     )
+
+
+def decode(dataset: datasets.Dataset, column: str, rows: list[int]) -> list[Image.Image]:
+    """The images in `rows`.
+
+    Raises:
+        ValueError: one cannot be decoded; names it.
+    """
+    try:
+        images: list[Image.Image] = dataset[rows][column]
+        return images
+    except Exception as error:
+        if len(rows) > 1:
+            for row in rows:
+                decode(dataset, column, [row])
+        raise ValueError(f"image {rows[0]} cannot be decoded: {error}. Repair it or leave it out.") from error
 
 
 class ImageColumn(torch.utils.data.Dataset):
@@ -207,8 +233,11 @@ class ImageColumn(torch.utils.data.Dataset):
             columns = {"images": self.images[index]}
         else:
             draw = random.Random(f"{self.seed}/{indices}")
+            images = decode(self.dataset, self.column, indices)
             columns = {
-                "images": torch.stack([self.reader(image, draw) for image in self.dataset[indices][self.column]])
+                "images": torch.stack(
+                    [read_row(self.reader, *pair, draw) for pair in zip(indices, images, strict=True)]
+                )
             }
         columns["index"] = index
         if self.labels is not None:
@@ -223,19 +252,27 @@ def decode_all(
     size = len(dataset) * reader.channels * reader.resolution**2
     if size > budget_bytes:
         return None
-    images = torch.empty((len(dataset), reader.channels, reader.resolution, reader.resolution), dtype=torch.uint8)
+    pixels = torch.empty((len(dataset), reader.channels, reader.resolution, reader.resolution), dtype=torch.uint8)
     fixed = random.Random(0)
-    progress = tqdm(dataset.select_columns(column), desc="Decoding images", unit="image", disable=quiet)
-    for row, example in enumerate(progress):
-        image = example[column]
-        if image.width != image.height and not reader.center_crop:
-            progress.close()
-            return None
-        try:
-            images[row] = reader(image, fixed)
-        except ValueError as error:
-            raise ValueError(f"image {row}: {error}") from error
-    return images
+    with tqdm(total=len(dataset), desc="Decoding images", unit="image", disable=quiet) as progress:
+        for start in range(0, len(dataset), 256):
+            rows = list(range(start, min(start + 256, len(dataset))))
+            for row, image in zip(rows, decode(dataset, column, rows), strict=True):
+                if image is not None and image.width != image.height and reader.resize and not reader.center_crop:
+                    return None
+                pixels[row] = read_row(reader, row, image, fixed)
+            progress.update(len(rows))
+    return pixels
+
+
+def read_row(reader: ImageReader, row: int, image: Image.Image | None, draw: random.Random) -> Tensor:
+    """`reader(image, draw)`, whose errors name the row."""
+    if image is None:
+        raise ValueError(f"image {row} is missing. Leave the row out.")
+    try:
+        return reader(image, draw)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"image {row} {error}") from error
 
 
 def measure_standard_deviation(images: ImageColumn, at_most: int = 10_000) -> float:

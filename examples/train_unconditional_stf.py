@@ -21,10 +21,12 @@ import argparse
 import json
 import logging
 import math
+import os
 import random
 import shlex
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -52,6 +54,7 @@ from checkpoints import (
     load_checkpoint,
     read_step,
     remove_leftovers,
+    said_where_it_fails,
     save_checkpoint,
 )
 from hub_upload import HubUpload
@@ -352,9 +355,18 @@ def build_unet(args: argparse.Namespace, reader: ImageReader, num_classes: int |
     else:
         preset = "digits_12" if reader.resolution <= 16 else "cifar10_32" if reader.resolution <= 32 else "celeba_64"
         path = Path(args.model_config or Path(__file__).parent / "configs" / f"{preset}.json")
-        config = json.loads(path.read_text())
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--model_config {path} is not a readable JSON file: {error}") from error
+        if not isinstance(config, dict) or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+            raise ValueError(f"--model_config {path} must be the config of a UNet2DModel, as in examples/configs.")
         shape = {"sample_size": reader.resolution, "in_channels": reader.channels, "out_channels": reader.channels}
         unet = UNet2DModel.from_config({**config, **shape, "num_class_embeds": num_classes})
+    if not all(bool(parameter.isfinite().all()) for parameter in unet.parameters()):
+        raise ValueError(
+            f"{args.pretrained_model_name_or_path}: the weights are not finite. Choose another checkpoint."
+        )
     config = unet.config
     if (config["in_channels"], config["out_channels"]) != (reader.channels, reader.channels):
         raise ValueError(
@@ -403,6 +415,9 @@ def load_images(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Ima
             if not all(isinstance(label, int) and label >= 0 for label in labels):
                 raise ValueError(f"labels in {label_column!r} must be integers from 0; remove rows without a label.")
             num_classes = max(labels) + 1
+            alone = [label for label, count in Counter(labels).items() if count == 1]
+            if alone and args.objective == "stf":
+                logger.warning("Classes of a single image have the targets of denoising score matching: %s.", alone)
     reader = make_reader(dataset, column, args.image_mode, args.resolution, args.center_crop)
     quiet = not accelerator.is_local_main_process
     decoded = decode_all(dataset, column, reader, args.image_memory_gb * 2**30, quiet)
@@ -489,6 +504,13 @@ def data_name(args: argparse.Namespace) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
+def check_writable(output_dir: Path) -> None:
+    """Raise ValueError unless `output_dir` is a folder that can be written to, or can be made."""
+    existing = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {output_dir}: {existing} is no folder that can be written to. Choose another.")
+
+
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """The Accelerator of this run.
 
@@ -523,6 +545,7 @@ def main(argv: list[str] | None = None) -> None:
     process_index, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
     # Everything that is known to be wrong is said before anything on disk changes.
+    check_writable(output_dir)
     resume = find_checkpoint(output_dir, args.resume_from_checkpoint)
     if args.resume_from_checkpoint == "latest" and resume is None:
         logger.info("No checkpoint in %s yet: starting at step 0.", output_dir)
@@ -632,7 +655,8 @@ def main(argv: list[str] | None = None) -> None:
         """The pipeline, a grid of its samples, its card, and where asked for all of it on the Hub."""
         pipeline = averaged_pipeline(step)
         if accelerator.is_main_process:
-            save_pipeline(pipeline, output_dir, raw_unet=None if ema is None else unet)
+            with said_where_it_fails("the pipeline", output_dir):
+                save_pipeline(pipeline, output_dir, raw_unet=None if ema is None else unet)
         grid = save_grid(pipeline, step)
         if accelerator.is_main_process:
             card = model_card(

@@ -10,7 +10,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path[:0] = [str(EXAMPLES), str(ROOT / "benchmarks")]
 
 # Nothing in the tests may reach a hub.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

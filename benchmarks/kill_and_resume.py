@@ -1,0 +1,154 @@
+#!/usr/bin/env python
+"""Does a run that is killed at any moment end as if it had not been?
+
+    python benchmarks/kill_and_resume.py --kills 200
+
+Trains a small network in processes of their own, kills each with SIGKILL at a random moment (during start, steps,
+checkpoints, rotation, the final save), and starts it again with `--resume_from_checkpoint latest` until it has ended; then
+the next chain begins, until there were that many kills. After each kill every checkpoint that counts as complete is
+compared with the same step's of a run that was not killed, and at the end of each chain the saved pipeline: bit by bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+TINY = {
+    "_class_name": "UNet2DModel", "block_out_channels": [8, 8], "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"], "layers_per_block": 1, "norm_num_groups": 4, "dropout": 0.1,
+}  # fmt: skip
+STEPS = 6
+VARIANTS = (
+    ["--random_flip", "--reference", "bank"],
+    ["--gradient_accumulation_steps", "2", "--mixed_precision", "bf16", "--reference_batch_size", "64"],
+    ["--class_conditional", "--no-use_ema"],
+)
+
+
+def flags(folder: Path, output: Path, variant: list[str]) -> list[str]:
+    return [
+        "--model_config", str(folder / "net.json"), "--output_dir", str(output), "--train_batch_size", "8",
+        "--max_train_steps", str(STEPS), "--checkpointing_steps", "1", "--checkpoints_total_limit", "2", "--num_samples",
+        "1", "--num_inference_steps", "2", "--report_to", "none", "--resume_from_checkpoint", "latest", *variant,
+    ]  # fmt: skip
+
+
+def train(argv: list[str], log: Path) -> None:
+    """One run in this process."""
+    import train_unconditional_stf as script
+
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        script.main(argv)
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """What decides how a run goes on from a checkpoint, or what a pipeline is: digests by file."""
+    kept = (".safetensors", "optimizer.bin", "scheduler.bin", "config.json", "model_index.json")
+    paths = [path for path in sorted(folder.rglob("*")) if path.name.endswith(kept) and path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def pipeline_digest(output: Path) -> dict[str, str]:
+    return {name: value for name, value in digest(output).items() if not name.startswith("checkpoint-")}
+
+
+def check_checkpoints(output: Path, expected: dict[str, dict[str, str]]) -> int:
+    """Compare every complete checkpoint; the number of them.
+
+    Raises:
+        AssertionError: one differs from that of the run that was not killed.
+    """
+    complete = [path for path in output.glob("checkpoint-*") if (path / "training_state.json").is_file()]
+    for path in complete:
+        if digest(path) != expected[path.name]:
+            raise AssertionError(f"{path} differs from that of the run that was not killed")
+    return len(complete)
+
+
+def trial(kills: int, seed: int, folder: Path) -> dict[str, int]:
+    """Chains of killed runs until there were `kills`; counts of what happened."""
+    (folder / "net.json").write_text(json.dumps(TINY))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    # The server that processes are forked from has imported everything; it finds modules by this alone.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_unconditional_stf", "torch", "datasets", "diffusers"])
+    draw, log = random.Random(seed), folder / "log.txt"
+    expected, pipelines, durations = [], [], []
+    for number, variant in enumerate(VARIANTS):
+        output, checkpoints = folder / f"whole-{number}", {}
+        for steps in range(1, STEPS + 1):
+            # Step by step, so that each step's checkpoint is seen before it is rotated away. The schedule is constant.
+            process = context.Process(
+                target=train, args=([*flags(folder, output, variant), "--max_train_steps", str(steps), "--lr_scheduler", "constant"], log)
+            )  # fmt: skip
+            start = time.perf_counter()
+            process.start()
+            process.join()
+            if process.exitcode != 0:
+                raise RuntimeError(log.read_text()[-3000:])
+            checkpoints[f"checkpoint-{steps}"] = digest(output / f"checkpoint-{steps}")
+        expected.append(checkpoints)
+        pipelines.append(pipeline_digest(output))
+        durations.append(time.perf_counter() - start + 0.1 * STEPS)
+    counts = {"kills": 0, "chains": 0, "runs": 0, "checkpoints_compared": 0, "leftovers_seen": 0}
+    while counts["kills"] < kills:
+        number = counts["chains"] % len(VARIANTS)
+        output = folder / f"chain-{counts['chains']}"
+        argv = [*flags(folder, output, VARIANTS[number]), "--lr_scheduler", "constant"]
+        for attempt in range(1000):
+            process = context.Process(target=train, args=(argv, log))
+            process.start()
+            counts["runs"] += 1
+            # A chain ends when its runs get through; after many kills one is let through.
+            process.join(draw.uniform(0, durations[number]) if attempt < 30 else None)
+            if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGKILL)
+                process.join()
+                counts["kills"] += 1
+            elif process.exitcode != 0:
+                raise RuntimeError(log.read_text()[-3000:])
+            counts["checkpoints_compared"] += check_checkpoints(output, expected[number])
+            counts["leftovers_seen"] += len(list(output.glob(".*")))
+            if process.exitcode == 0:
+                break
+        if pipeline_digest(output) != pipelines[number]:
+            raise AssertionError(f"{output} ended differently from the run that was not killed")
+        if leftovers := [path.name for path in output.glob(".*")]:
+            raise AssertionError(f"{output}: left behind {leftovers}")
+        counts["chains"] += 1
+        shutil.rmtree(output)
+        print(counts, flush=True)
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("kill_and_resume.json"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        counts = trial(args.kills, args.seed, Path(folder))
+    args.output.write_text(json.dumps(counts, indent=2))
+
+
+if __name__ == "__main__":
+    main()
