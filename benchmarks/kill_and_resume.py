@@ -115,13 +115,20 @@ def trial(kills: int, seed: int, folder: Path) -> dict[str, int]:
         argv = [*flags(folder, output, VARIANTS[number]), "--lr_scheduler", "constant"]
         for attempt in range(1000):
             process = context.Process(target=train, args=(argv, log))
+            said = log.stat().st_size
             process.start()
             counts["runs"] += 1
-            # A chain ends when its runs get through; after many kills one is let through.
-            process.join(draw.uniform(0, durations[number]) if attempt < 30 else None)
-            if process.is_alive():
-                os.kill(process.pid or 0, signal.SIGKILL)
+            if attempt >= 30:  # after many kills one is let through
                 process.join()
+            elif draw.random() < 0.2:
+                process.join(draw.uniform(0, durations[number]))
+            else:  # from the first step on, where all the writing is
+                while process.is_alive() and b"references, " not in log.read_bytes()[said:]:
+                    time.sleep(0.002)
+                process.join(draw.uniform(0, 0.5))
+            process.kill()  # nothing, where it has ended
+            process.join()
+            if process.exitcode == -signal.SIGKILL:
                 counts["kills"] += 1
             elif process.exitcode != 0:
                 raise RuntimeError(log.read_text()[-3000:])

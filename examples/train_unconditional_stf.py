@@ -517,6 +517,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     Raises:
         ValueError: a distributed mode or device that this script is not tested on.
     """
+    for mode in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        # What `accelerate launch` sets; Accelerate itself passes over some of them in silence, on a CPU for instance.
+        if os.environ.get(f"ACCELERATE_USE_{mode}", "false").lower() == "true":
+            raise ValueError(f"{mode} is not supported. Use data parallelism: choose it in `accelerate config`.")
     report_to = args.report_to or ("tensorboard" if "tensorboard" in available_trackers() else "none")
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -600,6 +604,7 @@ def main(argv: list[str] | None = None) -> None:
         "share_reference": references.shared,
         "num_processes": num_processes,
         "num_images": len(images),
+        "data_digest": images.digest(),
         "num_classes": num_classes,
         "image_shape": list(images.shape),
     }

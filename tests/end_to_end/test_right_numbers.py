@@ -1,0 +1,215 @@
+"""The learning rate, the gradient and the averages, against closed forms, for processes and accumulation."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import UNet2DModel
+from safetensors import safe_open
+from test_training import TINY, launch, same, weights
+
+import train_unconditional_stf as script
+from conftest import EXAMPLES, ROOT
+from oracles import images, normal
+from stf_diffusers import EDM, STFTrainingObjective
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def flags(tmp_path, image_folder):
+    (tmp_path / "net.json").write_text(json.dumps(TINY))
+    base = [
+        "--train_data_dir", image_folder, "--model_config", tmp_path / "net.json", "--output_dir", tmp_path / "run",
+        "--train_batch_size", 4, "--num_samples", 1, "--num_inference_steps", 2,
+    ]  # fmt: skip
+    return lambda *more: [str(flag) for flag in (*base, *more)]
+
+
+def scalars(folder, name):
+    """A tracked number by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = [EventAccumulator(str(file)).Reload() for file in folder.rglob("events.out.tfevents*")]
+    (events,) = (events for events in files if name in events.Tags()["scalars"])
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+SCHEDULES = {
+    "cosine": lambda step, steps, warmup: (
+        step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    ),
+    "linear": lambda step, steps, warmup: step / warmup if step < warmup else (steps - step) / (steps - warmup),
+    "constant_with_warmup": lambda step, steps, warmup: min(1, step / warmup),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_learning_rate_at_every_step(accumulation, processes, schedule, flags, tmp_path):
+    """Of optimizer steps, whatever the processes and micro-batches: step k (from 1) uses the schedule at k - 1."""
+    if processes == 2 and schedule != "cosine":
+        pytest.skip("one schedule is enough for two processes")
+    argv = flags(
+        "--lr_scheduler", schedule, "--lr_warmup_steps", 3, "--max_train_steps", 9, "--learning_rate", 2e-3,
+        "--gradient_accumulation_steps", accumulation, "--logging_steps", 1, "--report_to", "tensorboard",
+    )  # fmt: skip
+    if processes == 1:
+        script.main(argv)
+    else:
+        launch(argv, processes=2)
+    found = scalars(tmp_path / "run", "learning_rate")
+    assert sorted(found) == list(range(1, 10))
+    for step, rate in found.items():
+        assert rate == pytest.approx(2e-3 * SCHEDULES[schedule](step - 1, 9, 3), rel=1e-5, abs=1e-12), step
+
+
+def toy():
+    torch.manual_seed(0)
+    unet = UNet2DModel.from_config({**TINY, "dropout": 0.0, "sample_size": 8, "in_channels": 3, "out_channels": 3})
+    return unet, torch.optim.SGD(unet.parameters(), lr=0.1)
+
+
+def parts(count):
+    """One batch of 8 images with its times, noise and references, in `count` parts."""
+    reference, noise = images(20, 3, 8, 8), normal(8, 3, 8, 8)
+    t = torch.exp(normal(8, seed=2) * 1.2)
+    size = 8 // count
+    for start in range(0, 8, size):
+        rows = slice(start, start + size)
+        yield reference[rows], {"t": t[rows], "noise": noise[rows], "reference": reference}, torch.arange(8)[rows]
+
+
+def train(accelerator, unet, optimizer, batches):
+    objective = STFTrainingObjective(EDM())
+    model, optimizer = accelerator.prepare(unet, optimizer)
+    for clean, keywords, index in batches:
+        with accelerator.accumulate(model):
+            batch = objective.perturb(clean, source_index=index, **keywords)
+            accelerator.backward(objective.loss(model(batch.model_input, batch.timestep).sample, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.cat([parameter.detach().flatten() for parameter in unet.parameters()])
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_micro_batches_equal_one_batch(accumulation):
+    expected = train(Accelerator(cpu=True), *toy(), parts(1))
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    found = train(
+        Accelerator(cpu=True, gradient_accumulation_steps=accumulation), *toy(), parts(accumulation)
+    )  # fmt: skip
+    assert (found - expected).abs().max() < 1e-6
+    assert (expected - torch.cat([p.detach().flatten() for p in toy()[0].parameters()])).abs().max() > 1e-3
+
+
+def test_two_processes_equal_one(tmp_path):
+    expected = train(Accelerator(cpu=True), *toy(), parts(1))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command += [str(32500 + os.getpid() % 1000), __file__, str(tmp_path / "weights.pt")]
+    paths = [str(ROOT / "tests"), str(ROOT / "tests" / "end_to_end"), str(EXAMPLES)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (torch.load(tmp_path / "weights.pt", weights_only=True) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_averages_are_stepped_once_per_optimizer_step(accumulation, flags, tmp_path):
+    """In float32, by the decay of the warm-up 1 - (1 + k)^-3/4 at most, from the weights after each step."""
+    more = ["--gradient_accumulation_steps", accumulation, "--mixed_precision", "bf16", "--report_to", "none"]
+    script.main(
+        flags(
+            *more, "--max_train_steps", 4, "--checkpointing_steps", 1, "--learning_rate", 1e-2, "--lr_warmup_steps", 0
+        )
+    )
+    average = None
+    for step in range(1, 5):
+        checkpoint = tmp_path / "run" / f"checkpoint-{step}"
+        with safe_open(checkpoint / "ema.safetensors", framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            names = list(file.keys())
+            saved = {name: file.get_tensor(name) for name in names}
+        assert state["optimization_step"] == step
+        with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+            raw = {name: file.get_tensor(name).double() for name in names}
+        decay = 0 if step == 1 else min(0.9999, 1 - (1 + (step - 1)) ** -0.75)
+        average = raw if average is None else {n: decay * average[n] + (1 - decay) * raw[n] for n in names}
+        for name in names:
+            assert saved[name].dtype == torch.float32
+            torch.testing.assert_close(saved[name].double(), average[name], rtol=0, atol=1e-6)
+
+
+def test_sampling_and_saving_leave_the_weights_alone(flags, tmp_path):
+    steps = ["--max_train_steps", 4, "--report_to", "none"]
+    script.main(flags(*steps))
+    AcceleratorState._reset_state(True)
+    script.main(
+        flags(
+            *steps,
+            "--output_dir",
+            tmp_path / "busy",
+            "--sample_steps",
+            1,
+            "--checkpointing_steps",
+            1,
+            "--logging_steps",
+            1,
+        )
+    )
+    for name in ("unet", "unet_raw"):
+        assert same(weights(tmp_path / "run", name), weights(tmp_path / "busy", name))
+
+
+@pytest.mark.parametrize("mode", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_modes_that_are_not_supported_are_refused(mode, flags, tmp_path, monkeypatch):
+    """As `accelerate launch` asks for them."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{mode}", "true")
+    with pytest.raises(ValueError, match=rf"{mode} is not supported\. Use data parallelism"):
+        script.main(flags("--max_train_steps", 1, "--report_to", "none"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_is_refused_on_resume(flags, tmp_path, image_folder):
+    """As many images, of the same shape, but others."""
+    import shutil
+
+    from PIL import Image
+
+    script.main(flags("--max_train_steps", 1, "--checkpointing_steps", 1, "--report_to", "none"))
+    AcceleratorState._reset_state(True)
+    shutil.copytree(image_folder, tmp_path / "other")
+    first = next((tmp_path / "other").rglob("00.png"))
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(first)
+    with pytest.raises(ValueError, match="belongs to another run: data_digest"):
+        script.main(
+            flags("--max_train_steps", 2, "--report_to", "none", "--train_data_dir", tmp_path / "other",
+                  "--resume_from_checkpoint", "latest")
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    accelerator = Accelerator()
+    rank = accelerator.process_index
+    result = train(accelerator, *toy(), list(parts(2))[rank : rank + 1])
+    if accelerator.is_main_process:
+        torch.save(result, sys.argv[1])
+    accelerator.end_training()
