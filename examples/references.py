@@ -33,6 +33,7 @@ class References:
     sampler: ReferenceBatchSampler
     bank: ReferenceBank | None
     shared: bool
+    place: str = ""
 
     def of(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """The arguments of `STFTrainingObjective.perturb` for a collated batch, flipped where images are."""
@@ -59,7 +60,7 @@ class References:
             "batch": "shared by all processes" if self.shared else "read with each batch",
             "bank": "a bank of all images" + (", a part on each process" if self.shared else ""),
         }[self.kind]
-        size = f", {self.bank.nbytes / 2**20:.1f} MiB on each process" if self.bank is not None else ""
+        size = f", {self.bank.nbytes / 2**20:.1f} MiB {self.place} for each process" if self.bank is not None else ""
         return f"n = {self.n:,} references, {where}{size}"
 
 
@@ -84,7 +85,9 @@ def choose_references(args: argparse.Namespace, images: ImageColumn, accelerator
     if kind != "batch":
         sampler = ReferenceBatchSampler(total, size, size, args.seed, world, rank)
         bank = make_bank(args, images, accelerator, shared) if kind == "bank" else None
-        return References(kind, bank.num_references if bank else 1, sampler, bank, shared)
+        place = args.reference_device or accelerator.device.type
+        place = {"disk": "in a file", "cpu": "in memory", "cuda": "of GPU memory"}[place]
+        return References(kind, bank.num_references if bank else 1, sampler, bank, shared, place)
     n = args.reference_batch_size or max(size * parts, min(4096, total))
     sampler = ReferenceBatchSampler(total, size, n, args.seed, world, rank, share_references=shared)
     return References(kind, n, sampler, None, shared)

@@ -75,7 +75,9 @@ from stf_diffusers.model_card import model_card
 from stop_signal import REQUEUE_EXIT_CODE, StopSignal
 from training_log import TargetShare, TrainingLog
 
-logger = get_logger(__name__)
+# As a script this module is "__main__"; its siblings log under its name.
+NAME = "train_unconditional_stf"
+logger = get_logger(NAME)
 
 # Which parameters each noise process has; the flags bear the same names.
 PROCESS_PARAMETERS = {
@@ -543,7 +545,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger(__name__).setLevel(logging.INFO)
+    logging.getLogger(NAME).setLevel(logging.INFO)
     output_dir = Path(args.output_dir)
     accelerator = make_accelerator(args)
     process_index, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -560,6 +562,12 @@ def main(argv: list[str] | None = None) -> None:
             "--overwrite_output_dir, or choose another --output_dir."
         )
     images, num_classes = load_images(args, accelerator)
+    process, sampling_range = choose_process(args, images)
+    objective = STFTrainingObjective(process)
+
+    torch.manual_seed(seed_for(args.seed))
+    unet = build_unet(args, images.reader, num_classes)
+    diffusers_pipeline(unet, process, **sampling_range)  # an impossible range fails now, not after the training
     references = choose_references(args, images, accelerator)
     sampler = references.sampler
     loader = DataLoader(
@@ -570,12 +578,6 @@ def main(argv: list[str] | None = None) -> None:
         persistent_workers=args.dataloader_num_workers > 0,
         pin_memory=device.type == "cuda",
     )
-    process, sampling_range = choose_process(args, images)
-    objective = STFTrainingObjective(process)
-
-    torch.manual_seed(seed_for(args.seed))
-    unet = build_unet(args, images.reader, num_classes)
-    diffusers_pipeline(unet, process, **sampling_range)  # an impossible range fails now, not after the training
     if args.channels_last:
         unet.to(memory_format=torch.channels_last)
     if args.allow_tf32:

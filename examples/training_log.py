@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -11,11 +10,12 @@ from itertools import pairwise
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from stf_diffusers import PerturbedBatch
 
-logger = logging.getLogger("train_unconditional_stf")
+logger = get_logger("train_unconditional_stf")
 
 # Decades of the noise-to-signal ratio sigma / alpha, for images in [-1, 1].
 _EDGES = (0.0, 0.1, 1.0, 10.0, float("inf"))

@@ -69,7 +69,7 @@ class STFTrainingObjective:
         self.process = process
         self.prediction_type = prediction_type
         self._checked: tuple[Any, ...] | None = None
-        self._checked_set: ReferenceSet | None = None
+        self._checked_set: tuple[Any, ...] | None = None
 
     @classmethod
     def from_scheduler(cls, noise_scheduler: Any) -> STFTrainingObjective:
@@ -268,9 +268,10 @@ class STFTrainingObjective:
                 raise ValueError(f"a {type(reference).__name__} has its own labels: leave reference_labels out.")
             # A bank that is searched is searched once, by all processes at their first call.
             searched = isinstance(reference, ReferenceBank) and (source_index is None or reference.process_shard)
-            if reference is not self._checked_set and (searched or x0.device.type == "cpu"):
+            kind = (reference, labels is None, None if searched else x0.shape)
+            if (x0.device.type == "cpu" and not searched) or self._checked_set != kind:
                 reference.check_sources(x0, source_index, labels)
-                self._checked_set = reference if searched else None
+                self._checked_set = kind
             return None
         if not isinstance(reference, Tensor):
             raise TypeError(

@@ -94,7 +94,7 @@ class PosteriorState:
 
     `maximum` (B,): the largest logit; `normalizer`, `squares` (B,): the sums of exp(logit - maximum) and of its
     square; `weighted_sum` (B, D): the sum of exp(logit - maximum) x_i, of uint8 references in centred levels, u - 128.
-    Logits and normalisers are float64.
+    All are float64: sums of many like terms lose digits in float32.
     """
 
     maximum: Tensor
@@ -123,20 +123,21 @@ class PosteriorState:
         """The same state relative to another (larger) `maximum` (B,)."""
         # A row for which every logit is -inf (all masked) has no maximum to subtract.
         factor = (self.maximum - maximum.masked_fill(maximum.isneginf(), 0)).exp()
-        weighted_sum = self.weighted_sum * factor.to(self.weighted_sum.dtype)[:, None]
+        weighted_sum = self.weighted_sum * factor[:, None]
         return PosteriorState(maximum, self.normalizer * factor, self.squares * factor**2, weighted_sum)
 
-    def result(self, centred_levels: bool = False) -> PosteriorMean:
-        """The normalised mean, (B, D), and the effective sample size, (B,).
+    def result(self, dtype: torch.dtype = torch.float32, centred_levels: bool = False) -> PosteriorMean:
+        """The normalised mean, (B, D), and the effective sample size, (B,), in `dtype`.
 
         Args:
+            dtype: of both.
             centred_levels: the sum is of levels u - 128 and the mean is to be in [-1, 1].
         """
-        mean = self.weighted_sum / self.normalizer.to(self.weighted_sum.dtype)[:, None]
+        mean = (self.weighted_sum / self.normalizer[:, None]).to(dtype)
         if centred_levels:
             # As `pixels_to_float` does it: a mean that is one of the references equals that image bit for bit.
             mean = mean.add_(128).div_(127.5).sub_(1)
-        return PosteriorMean(mean, (self.normalizer**2 / self.squares).to(mean.dtype))
+        return PosteriorMean(mean, (self.normalizer**2 / self.squares).to(dtype))
 
 
 def centred_levels(pixels: Tensor) -> Tensor:
@@ -174,8 +175,11 @@ def _digits(values: Tensor) -> Tensor:
 
 def _integer_product(digits: Tensor, levels: Tensor) -> Tensor:
     """The product of integers given by `_digits` (4 B, k) with int8 levels (k, m), exactly, as float64 (B, m)."""
-    parts = torch._int_mm(digits, levels).view(4, -1, levels.shape[1]).to(torch.float64)
-    return parts[0] + 2.0**8 * parts[1] + 2.0**16 * parts[2] + 2.0**24 * parts[3]
+    parts = torch._int_mm(digits, levels).view(4, -1, levels.shape[1])
+    product = parts[0].to(torch.float64)
+    for power in (1, 2, 3):
+        product.add_(parts[power], alpha=256**power)
+    return product
 
 
 # Magnitude of the integers that stand for a query's largest element and for a weight of 1.
@@ -183,6 +187,9 @@ _FULL_SCALE = 0x7F7F7F7F
 
 # 32-bit sums of products of two 8-bit numbers. A product over one term is wrong on CPUs (pytorch issue 195066).
 _MAX_INT8_TERMS = 2**17 - 1
+
+# References of a chunk whose weights are rounded to 2^-32 of the chunk's largest: 4e-6 in the mean at worst.
+_MAX_INT8_CHUNK = 2**14
 _INT8_DIMENSIONS = range(2, _MAX_INT8_TERMS + 1)
 
 
@@ -227,25 +234,28 @@ class _Queries:
         if arithmetic == "int8":
             scale = self.query.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny) / _FULL_SCALE
             self.query_digits = _digits((self.query / scale[:, None]).round().to(torch.int64))
+            self.levels_scale = self.inverse_variance
             self.inverse_variance = self.inverse_variance * scale
 
+    def exact(self, images: Tensor) -> Tensor:
+        """A chunk (c, D) as the two products want it: int8 levels as they are, anything else in float64."""
+        return images if self.arithmetic == "int8" else images.to(torch.float64)
+
     def logits(self, images: Tensor, norms: Tensor) -> Tensor:
-        """(B, c) float64, of references (c, D) as int8 levels or floating point."""
-        if self.arithmetic == "int8":
-            product = _integer_product(self.query_digits, images.T)
-        else:
-            product = self.query @ images.to(torch.float64).T
+        """(B, c) float64, of references (c, D) from `exact`."""
+        exactly = self.arithmetic == "int8"
+        product = _integer_product(self.query_digits, images.T) if exactly else self.query @ images.T
         return product * self.inverse_variance[:, None] - self.half_scale[:, None] * norms
 
-    def state(self, logits: Tensor, images: Tensor, dtype: torch.dtype) -> PosteriorState:
+    def state(self, logits: Tensor, images: Tensor) -> PosteriorState:
         """The state of references (c, D) with the given logits (B, c)."""
         maximum = logits.amax(1)
         weights = (logits - maximum.masked_fill(maximum.isneginf(), 0)[:, None]).exp_()
-        total, normalizer = self._weighted_sum(weights, images, dtype)
+        total, normalizer = self._weighted_sum(weights, images)
         return PosteriorState(maximum, normalizer, weights.square_().sum(1), total)
 
     def sparse_state(
-        self, logits: Tensor, images: Tensor, floor: Tensor, dtype: torch.dtype
+        self, logits: Tensor, images: Tensor, norms: Tensor, floor: Tensor
     ) -> tuple[Tensor, PosteriorState]:
         """The rows (b,) for which some of these references matter, and the state of those rows.
 
@@ -255,30 +265,39 @@ class _Queries:
         maximum = logits.amax(1)
         used = logits >= (torch.maximum(maximum, floor) + _NEGLIGIBLE)[:, None]
         used &= ~maximum.isneginf()[:, None]
+        used |= maximum.isnan()[:, None]
         counts = used.sum(1)
         active = counts.nonzero().flatten()
         if len(active) < len(logits):
             logits, used, counts, maximum = logits[active], used[active], counts[active], maximum[active]
-        weights = (logits - maximum[:, None]).exp_().masked_fill_(~used, 0)
         dense = counts > _FEW
+        row, column = (used & ~dense[:, None]).nonzero().unbind(1)
+        chosen = images[column].to(torch.float64)
+        if self.arithmetic == "int8" and len(row):
+            # Two references far from each other and as far from the query are told apart by its last bits alone.
+            which = active[row]
+            product = (self.query[which] * chosen).sum(1) * self.levels_scale[which]
+            logits[row, column] = product - self.half_scale[which] * norms[column]
+            maximum = torch.where(dense, maximum, logits.masked_fill(~used, -torch.inf).amax(1))
+        weights = (logits - maximum[:, None]).exp_().masked_fill_(~used, 0)
         if bool(dense.all()):
-            total, normalizer = self._weighted_sum(weights, images, dtype)
+            total, normalizer = self._weighted_sum(weights, images)
         else:
-            total = torch.zeros(len(active), images.shape[1], dtype=dtype)
+            total = torch.zeros(len(active), images.shape[1], dtype=torch.float64)
             normalizer = weights.sum(1)
-            row, column = (used & ~dense[:, None]).nonzero().unbind(1)
-            total.index_add_(0, row, images[column].to(dtype) * weights[row, column].to(dtype)[:, None])
+            total.index_add_(0, row, chosen.mul_(weights[row, column][:, None]))
             if bool(dense.any()):
-                total[dense], normalizer[dense] = self._weighted_sum(weights[dense], images, dtype)
+                total[dense], normalizer[dense] = self._weighted_sum(weights[dense], images)
         return active, PosteriorState(maximum, normalizer, weights.square_().sum(1), total)
 
-    def _weighted_sum(self, weights: Tensor, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The sum of the references (c, D) under float64 weights (B, c) in [0, 1], and the sum of those weights."""
+    def _weighted_sum(self, weights: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the references (c, D) under weights (B, c) in [0, 1], and the sum of those weights."""
         if self.arithmetic != "int8":
-            return weights.to(dtype) @ images.to(dtype), weights.sum(1)
+            return weights @ images, weights.sum(1)
         rounded = (weights * _FULL_SCALE).round().to(torch.int64)
-        total = _integer_product(_digits(rounded), images)
-        return (total / _FULL_SCALE).to(dtype), rounded.sum(1).to(torch.float64) / _FULL_SCALE
+        return _integer_product(_digits(rounded), images).div_(_FULL_SCALE), rounded.sum(1).to(
+            torch.float64
+        ) / _FULL_SCALE
 
 
 def posterior_state(
@@ -311,35 +330,31 @@ def posterior_state(
     if chunk_size is None:
         per_chunk = _CHUNK_ELEMENTS.get(noisy.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
         per_chunk = _INT8_CHUNK_ELEMENTS if arithmetic == "int8" else per_chunk
-        chunk_size = max(1, min(per_chunk // max(dimension, batch_size, 1), _MAX_INT8_TERMS))
+        chunk_size = max(1, min(per_chunk // max(dimension, batch_size, 1), _MAX_INT8_CHUNK))
     # Chunks of one size, so that the last is not a sliver.
     chunk_size = math.ceil(len(rows) / max(1, math.ceil(len(rows) / chunk_size))) or 1
-    dtype = torch.float64 if noisy.dtype == reference.dtype == torch.float64 else torch.float32
     with full_precision(noisy.device.type):
         queries = _Queries(noisy, alpha, sigma, reference.dtype == torch.uint8, arithmetic)
         empty = torch.zeros(batch_size, dtype=torch.float64, device=noisy.device)
-        state = PosteriorState(
-            torch.full_like(empty, -torch.inf),
-            empty,
-            empty,
-            torch.zeros(batch_size, dimension, dtype=dtype).to(noisy.device),
-        )
+        total = torch.zeros(batch_size, dimension, dtype=torch.float64, device=noisy.device)
+        state = PosteriorState(torch.full_like(empty, -torch.inf), empty, empty, total)
         for start in range(rows.start, rows.stop, chunk_size):
             chunk = slice(start, min(start + chunk_size, rows.stop))
             images = reference[chunk].to(noisy.device, non_blocking=True).flatten(1)
             images = centred_levels(images) if images.dtype == torch.uint8 else pixels_to_float(images)
             known = squared_norms(images) if norms is None else norms[chunk].to(noisy.device)
+            images = queries.exact(images)
             logits = queries.logits(images, known)
             if mask is not None:
                 logits = logits.masked_fill_(~mask[:, chunk].to(noisy.device), -torch.inf)
             if noisy.device.type == "cpu":
-                rows_used, part = queries.sparse_state(logits, images, state.maximum, dtype)
+                rows_used, part = queries.sparse_state(logits, images, known, state.maximum)
                 if len(rows_used) == batch_size:
                     state = state.merge(part)
                 elif len(rows_used):
                     state = state.merge_rows(rows_used, part)
             else:
-                state = state.merge(queries.state(logits, images, dtype))
+                state = state.merge(queries.state(logits, images))
     return state
 
 
@@ -382,7 +397,7 @@ def posterior_mean(
 
     Xu, Tong & Jaakkola 2023 (arXiv 2302.00670), eq. 5. When the set contains the source of each row and is otherwise
     exchangeable with it, the result is an exactly unbiased estimate of E[x0 | x_t] (Bertrand et al. 2025,
-    arXiv 2506.03719, Prop. 2). Logits are float64; the mean is within 1e-5 of float64 arithmetic throughout.
+    arXiv 2506.03719, Prop. 2). The mean is within 1e-5 of float64 arithmetic throughout.
 
     Args:
         noisy: (B, ...) floating point, the noised images x_t. Any shape after the first dimension.
@@ -390,8 +405,9 @@ def posterior_mean(
             ``x / 127.5 - 1``. May lie on another device than `noisy`: chunks are moved.
         alpha, sigma: (B,) or a number; the process's coefficients at each row's time. `sigma` is positive.
         mask: (B, n) bool, which references a row may use. Default: all.
-        chunk_size: references handled at a time. Default: so that a chunk's temporaries stay under about 200 MiB.
-        arithmetic: of the two products. "float64": float64 logits, float32 sums. "int8": for uint8 references, exact
+        chunk_size: references handled at a time. Default: few enough that a chunk's temporaries stay under about 200 MiB;
+            those of the batch are up to 50 bytes for each of its values.
+        arithmetic: of the two products. "float64". "int8": for uint8 references, exact
             products of 32-bit queries and weights, split into 8-bit digits, with the pixels: the default on CPUs with
             instructions for them. Default: "int8" where it is fast, else "float64".
 
@@ -446,5 +462,6 @@ def posterior_mean(
     state = posterior_state(
         noisy.flatten(1), reference, alpha, sigma, mask=mask, chunk_size=chunk_size, arithmetic=arithmetic
     )
-    mean, effective_sample_size = state.result(centred_levels=reference.dtype == torch.uint8)
+    dtype = torch.float64 if noisy.dtype == reference.dtype == torch.float64 else torch.float32
+    mean, effective_sample_size = state.result(dtype, centred_levels=reference.dtype == torch.uint8)
     return PosteriorMean(mean.reshape(noisy.shape), effective_sample_size)

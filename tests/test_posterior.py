@@ -303,6 +303,52 @@ def test_pixels(kind, alpha, chunk_size, arithmetic):
     assert torch.equal(alone.mean, pixels[:1].float() / 127.5 - 1), "one reference: that image, bit for bit"
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_many_like_references(batch, dtype):
+    """The mean of 30,000 equal images is that image, also in a batch with a single row that all of them matter to."""
+    pixel = torch.tensor([[230]], dtype=torch.uint8).expand(30_000, 64)
+    reference = pixel if dtype == torch.uint8 else (pixel.float() / 127.5 - 1)
+    exact = 230 / 127.5 - 1
+    sigma = torch.ones(batch)
+    sigma[1:-1] = 0.002
+    noisy = exact + sigma[:, None] * normal(batch, 64)
+    for arithmetic in (None, "float64"):
+        result = posterior_mean(noisy, reference, alpha=1.0, sigma=sigma, arithmetic=arithmetic)
+        assert (result.mean - exact).abs().max() < 1e-6
+
+
+def test_ties_between_distant_pixels():
+    """A query half way between two far images at low noise: its last bits decide."""
+    pixels = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    exact = pixels.double() / 127.5 - 1
+    sigma = torch.full((3,), 0.002)
+    noisy = ((exact[:3] + exact[3:]) / 2).float()
+    expected = posterior(noisy, exact, torch.ones(3), sigma)[1]
+    for chunk_size in (1, None):
+        assert worst(posterior_mean(noisy, pixels, alpha=1.0, sigma=sigma, chunk_size=chunk_size).mean, expected) < 1e-5
+
+
+def test_many_small_weights():
+    """One near image and 65,535 others of weight about 2^-32: together they matter."""
+    pixels = torch.zeros(65_536, 64, dtype=torch.uint8)
+    pixels[1:, 0] = 128
+    exact = pixels[[0, 1]].double() / 127.5 - 1
+    distance = (exact[1] - exact[0]).square().sum()
+    sigma = (distance / (2 * 32.05 * torch.tensor(2.0).log())).sqrt().view(1).float()
+    noisy = exact[:1].float()
+    weights = torch.tensor([0.0, -distance / (2 * sigma.double() ** 2)]).double().exp() * torch.tensor([1.0, 65_535.0])
+    expected = (weights / weights.sum()) @ exact
+    assert worst(posterior_mean(noisy, pixels, alpha=1.0, sigma=sigma).mean[0], expected) < 1e-5
+
+
+def test_a_reference_that_is_not_a_number_is_not_passed_over():
+    reference = images(10, 3)
+    reference[9] = torch.nan
+    for chunk_size in (5, None):
+        assert posterior_mean(reference[:2], reference, alpha=1.0, sigma=1.0, chunk_size=chunk_size).mean.isnan().all()
+
+
 @pytest.mark.parametrize("sigma", [0.1, 100.0])
 @pytest.mark.parametrize("n", [1, 2, 17, 18, 19, 36, 40])
 def test_slivers_of_pixels(n, sigma):
@@ -376,7 +422,7 @@ def test_states_merge_in_any_grouping(seed):
     doubled = logits.clone()
     doubled[:, 0] += torch.tensor(2.0).log()
     weights = torch.cat([logits, logits[:, :1]], 1).softmax(1)
-    result = states[0].result()
+    result = states[0].result(torch.float64)
     assert worst(result.mean, doubled.softmax(1) @ values) < 1e-12
     torch.testing.assert_close(result.effective_sample_size, 1 / weights.square().sum(1), rtol=1e-10, atol=0)
 

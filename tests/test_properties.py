@@ -88,6 +88,8 @@ def test_a_bank_is_the_references(images, alpha, sigma, seed):
     bank = ReferenceBank(images).posterior_mean(noisy, alpha, sigma)
     batch = posterior_mean(noisy, images, alpha=alpha, sigma=sigma)
     assert worst(bank.mean, batch.mean) < 2e-6
+    if images.ndim < 3:
+        return
     flipped = ReferenceBank(images, augmentation="horizontal_flip").posterior_mean(noisy, alpha, sigma)
     doubled = posterior_mean(noisy, torch.cat([images, images.flip(-1)]), alpha=alpha, sigma=sigma)
     assert worst(flipped.mean, doubled.mean) < 2e-6

@@ -1,7 +1,9 @@
 """The bank against float64 arithmetic over the set it stands for, on one process and on several, in memory and in files."""
 
+import importlib
 import itertools
 import os
+import pickle
 import random
 import socket
 import subprocess
@@ -16,6 +18,7 @@ from PIL import Image
 
 from oracles import normal, posterior, rows, worst
 from stf_diffusers import EDM, ReferenceBank, ReferenceBatchSampler, SharedReferences, STFTrainingObjective
+from stf_diffusers.reference_bank import pil_to_pixels
 
 SIGMA = torch.tensor([0.002, 0.02, 0.3, 1.0, 3.0, 10.0, 80.0])
 SOURCES = torch.tensor([3, 17, 0, 28, 28, 5, 11])
@@ -237,7 +240,85 @@ def test_images_that_are_not_in_the_bank_are_refused(with_index):
     objective.perturb(images[[4, 9]], reference=bank, source_index=index, labels=torch.tensor([1, -1]))
 
 
+def test_every_batch_with_an_index_is_compared():
+    images, labels = pixels(), torch.arange(30) % 3
+    bank, objective = ReferenceBank(images, labels), STFTrainingObjective(EDM())
+    objective.perturb(images[:4], reference=bank)
+    for _ in range(2):
+        objective.perturb(images[:4], reference=bank, source_index=torch.arange(4), labels=labels[:4])
+        with pytest.raises(ValueError, match="not in the bank where they should be"):
+            objective.perturb(images[4:8], reference=bank, source_index=torch.arange(4))
+        with pytest.raises(ValueError, match="not in the bank where they should be"):
+            objective.perturb(images[:4], reference=bank, source_index=torch.arange(4), labels=labels[1:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_banks_of_other_ranges_and_close_neighbours_are_searched_right(dtype):
+    latents = normal(500, 4, 8, 8) * 1.5
+    STFTrainingObjective(EDM()).perturb(latents[:8], reference=ReferenceBank(latents, dtype=dtype))
+    if dtype == torch.float32:
+        points = normal(20_000, 2)
+        STFTrainingObjective(EDM()).perturb(points[:64], reference=ReferenceBank(points))
+
+
 # ---- files and data sets
+
+
+def test_a_replaced_file_does_not_change_an_open_bank(tmp_path):
+    path, noisy = tmp_path / "bank.safetensors", noised(pixels())
+    ReferenceBank(pixels()).save(path)
+    bank = ReferenceBank.open(path)
+    expected = bank.posterior_mean(noisy, 1.0, SIGMA)
+    copy = pickle.loads(pickle.dumps(bank))  # noqa: S301
+    ReferenceBank(pixels(seed=1)).save(path)
+    assert torch.equal(bank.posterior_mean(noisy, 1.0, SIGMA).mean, expected.mean)
+    assert torch.equal(copy.posterior_mean(noisy, 1.0, SIGMA).mean, expected.mean)
+    with pytest.raises(ValueError, match="was replaced after the bank was opened"):
+        pickle.loads(pickle.dumps(bank))  # noqa: S301
+
+
+def test_a_transform_that_changed_inside_is_noticed(tmp_path, monkeypatch):
+    """Its name stays, what it does does not: the fingerprint alone would not tell."""
+    (tmp_path / "my_transform.py").write_text(
+        "import torch\ndef read(image):\n    return torch.full((1, 2, 2), 7, dtype=torch.uint8)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import my_transform
+
+    path = tmp_path / "bank.safetensors"
+    ReferenceBank.from_dataset(small_dataset(), transform=my_transform.read, path=path, quiet=True)
+    ReferenceBank.from_dataset(small_dataset(), transform=my_transform.read, path=path, quiet=True)
+    (tmp_path / "my_transform.py").write_text(
+        "import torch\ndef read(image):\n    return torch.full((1, 2, 2), 8, dtype=torch.uint8)\n\n"
+    )
+    importlib.reload(my_transform)
+    with pytest.raises(ValueError, match="image 0 differs"):
+        ReferenceBank.from_dataset(small_dataset(), transform=my_transform.read, path=path, quiet=True)
+
+
+def test_two_processes_write_one_file(tmp_path):
+    """Neither reads what the other has half written."""
+    script = (
+        "import sys; sys.path[:0] = [sys.argv[1]]; import test_reference_bank as t;"
+        "b = t.ReferenceBank.from_dataset(t.small_dataset(600), path=sys.argv[2] + '/bank.safetensors', quiet=True);"
+        "assert (b._images[:] == t.torch.stack([t.pil_to_pixels(i) for i in t.small_dataset(600)['image']])).all()"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["bank.safetensors"]
+
+
+def test_default_transform_of_unusual_modes():
+    square = np.array([[0, 1], [1, 0]], dtype=bool)
+    assert pil_to_pixels(Image.fromarray(square)).flatten().tolist() == [0, 255, 255, 0]
+    palette = Image.new("RGB", (2, 2), (10, 20, 30)).quantize(2)
+    assert palette.mode == "P" and pil_to_pixels(palette)[:, 0, 0].tolist() == [10, 20, 30]
+    for mode in ("I;16", "F", "CMYK"):
+        with pytest.raises(ValueError, match=f"mode '{mode}'"):
+            pil_to_pixels(Image.new(mode, (2, 2)))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
@@ -326,6 +407,8 @@ WRONG = {
     "labels": (lambda: ReferenceBank(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64)), ValueError, "one for each"),
     "float labels": (lambda: ReferenceBank(torch.zeros(2, 3), torch.zeros(2)), TypeError, "labels must be integers"),
     "negative labels": (lambda: ReferenceBank(torch.zeros(2, 3), torch.tensor([0, -1])), ValueError, "at least 0"),
+    "not finite": (lambda: ReferenceBank(torch.tensor([[0.0], [torch.nan]])), ValueError, r"images \[1\] .* not finite"),
+    "flips of vectors": (lambda: ReferenceBank(torch.zeros(2, 3), augmentation="horizontal_flip"), ValueError, "flips need"),
     "augmentation": (lambda: ReferenceBank(torch.zeros(2, 3), augmentation="crop"), ValueError, "'horizontal_flip'"),
     "shard": (lambda: ReferenceBank(torch.zeros(2, 3), process_shard=(2, 2)), ValueError, "process_shard must be"),
     "no processes": (

@@ -214,10 +214,11 @@ def test_bank_in_memory_and_on_disk(more, flags, tmp_path, caplog):
 @pytest.mark.parametrize("options", [["--reference", "bank"], ["--reference_batch_size", 22]], ids=["bank", "batch"])
 def test_references_shared_by_two_processes(options, flags, tmp_path):
     options = [*map(str, options), "--max_train_steps", "3", "--share_reference"]
-    output = launch(flags("--output_dir", tmp_path / "shared", *options), processes=2)
+    output = launch(flags("--output_dir", tmp_path / "shared", *options, "--max_train_steps", 4), processes=2)
+    assert output.count("Targets take") == 1, "said once, by the main process"
     assert ("a part on each process" if "bank" in options else "shared by all processes") in output
     if "bank" in options:
-        launch(flags("--output_dir", tmp_path / "whole", *options[:-1]), processes=2)
+        launch(flags("--output_dir", tmp_path / "whole", *options[:-1], "--max_train_steps", 4), processes=2)
         assert largest_difference(tmp_path / "shared", tmp_path / "whole") < 1e-5
 
 

@@ -1,0 +1,227 @@
+"""Each command-line flag changes what it says: a run without it and a run with it, compared."""
+
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from test_training import TINY
+
+import train_unconditional_stf as script
+
+# flag: (what both runs have, what the second has too, what changes). Kinds of what changes: "weights" (raw), "average",
+# "files" (their names), "grid", "card", "data" (images behind the run), "log" (a pattern that appears), "metadata" (a key).
+WIDE = "--train_data_dir {wide} --resolution 8"
+CASES = {
+    "dataset_name": ("", "--dataset_name {parquet}", "card"),
+    "train_data_dir": ("", "--train_data_dir {wide} --resolution 8", "card"),
+    "image_column": ("--dataset_name {two} --image_column image", "--image_column image2", "weights"),
+    "label_column": ("--dataset_name {two} --image_column image --class_conditional --label_column label", "--label_column kind", "metadata num_classes"),
+    "resolution": ("", "--resolution 16", "metadata image_shape"),
+    "image_mode": ("", "--image_mode L", "metadata image_shape"),
+    "center_crop": (WIDE, "--center_crop", "log decoded in memory"),
+    "random_flip": ("", "--random_flip", "weights"),
+    "image_memory_gb": ("", "--image_memory_gb 1e-9", "log decoded as they are read"),
+    "dataloader_num_workers": ("", "--dataloader_num_workers 1", "same"),
+    "objective": ("--noise_process ve", "--objective dsm", "weights"),
+    "reference": ("", "--reference batch", "log read with each batch"),
+    "reference_batch_size": ("--noise_process ve", "--reference_batch_size 5", "weights"),
+    "reference_memory_gb": ("", "--reference_memory_gb 1e-9", "log read with each batch"),
+    "reference_device": ("--reference bank", "--reference_device disk", "files"),
+    "noise_process": ("", "--noise_process vp", "metadata process"),
+    "sigma_data": ("", "--sigma_data 0.7", "metadata process"),
+    "p_mean": ("", "--p_mean 1", "weights"),
+    "p_std": ("", "--p_std 3", "weights"),
+    "sigma_min": ("--noise_process ve", "--sigma_min 0.5", "weights"),
+    "sigma_max": ("--noise_process ve", "--sigma_max 5", "weights"),
+    "beta_d": ("--noise_process vp", "--beta_d 5", "weights"),
+    "beta_min": ("--noise_process vp", "--beta_min 1", "weights"),
+    "epsilon_t": ("--noise_process vp", "--epsilon_t 0.3", "weights"),
+    "model_config": ("", "--model_config {larger}", "weights"),
+    "pretrained_model_name_or_path": ("--model_config", "--pretrained_model_name_or_path {trained}", "weights"),
+    "class_conditional": ("", "--class_conditional", "metadata num_classes"),
+    "gradient_checkpointing": ("", "--gradient_checkpointing", "same"),
+    "channels_last": ("", "--channels_last", "same"),
+    "allow_tf32": ("", "--allow_tf32", "same"),
+    "mixed_precision": ("", "--mixed_precision bf16", "weights"),
+    "seed": ("", "--seed 1", "weights"),
+    "train_batch_size": ("", "--train_batch_size 6", "weights"),
+    "num_epochs": ("--train_batch_size 12", "--num_epochs 2", "metadata steps"),
+    "max_train_steps": ("", "--max_train_steps 4", "metadata steps"),
+    "gradient_accumulation_steps": ("", "--gradient_accumulation_steps 2", "metadata images_seen"),
+    "learning_rate": ("", "--learning_rate 5e-3", "weights"),
+    "scale_lr": ("", "--scale_lr", "weights"),
+    "lr_scheduler": ("", "--lr_scheduler linear", "weights"),
+    "lr_warmup_steps": ("", "--lr_warmup_steps 2", "weights"),
+    "adam_beta1": ("", "--adam_beta1 0.5", "weights"),
+    "adam_beta2": ("", "--adam_beta2 0.5", "weights"),
+    "adam_weight_decay": ("", "--adam_weight_decay 0.5", "weights"),
+    "adam_epsilon": ("", "--adam_epsilon 0.1", "weights"),
+    "max_grad_norm": ("", "--max_grad_norm 1e-9", "weights"),
+    "use_ema": ("", "--no-use_ema", "files"),
+    "ema_inv_gamma": ("", "--ema_inv_gamma 10", "average"),
+    "ema_power": ("", "--ema_power 0.1", "average"),
+    "ema_max_decay": ("", "--ema_max_decay 0.01", "average"),
+    "checkpointing_steps": ("", "--checkpointing_steps 2", "files"),
+    "checkpoints_total_limit": ("--checkpointing_steps 1", "--checkpoints_total_limit 1", "files"),
+    "report_to": ("", "--report_to tensorboard", "files"),
+    "logging_dir": ("--report_to tensorboard", "--logging_dir other", "files"),
+    "logging_steps": ("--report_to tensorboard", "--logging_steps 1", "events"),
+    "sample_steps": ("", "--sample_steps 1", "files"),
+    "num_samples": ("", "--num_samples 4", "grid"),
+    "num_inference_steps": ("", "--num_inference_steps 5", "grid"),
+    "model_license": ("", "--model_license mit", "card"),
+}  # fmt: skip
+ELSEWHERE = {
+    "cache_dir": "where others' downloads go",
+    "dataset_config_name": "test_data_sets_with_configurations below",
+    "output_dir": "everywhere",
+    "overwrite_output_dir": "test_training.py",
+    "resume_from_checkpoint": "test_training.py",
+    "share_reference": "test_training.py, on two processes",
+    "compile": "minutes on a CPU",
+    "push_to_hub": "test_hub.py",
+    "hub_steps": "test_hub.py",
+    "hub_model_id": "test_hub.py",
+    "hub_private_repo": "test_hub.py",
+    "hub_token": "test_hub.py",
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, image_folder):
+    """Data sets, networks and a trained folder by name."""
+    import datasets
+
+    root = tmp_path_factory.mktemp("places")
+    draw = np.random.default_rng(3)
+    (root / "wide").mkdir()
+    for index in range(8):
+        Image.fromarray(draw.integers(0, 256, (8, 10, 3), dtype=np.uint8)).save(root / "wide" / f"{index}.png")
+    pictures = [
+        [Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(12)] for _ in range(2)
+    ]
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "image2": datasets.Image(),
+            "label": datasets.ClassLabel(3),
+            "kind": datasets.ClassLabel(4),
+        }
+    )
+    columns = {"image": pictures[0], "image2": pictures[1], "label": [0, 1, 2] * 4, "kind": [0, 1, 2, 3] * 3}
+    two = datasets.Dataset.from_dict(columns, features=features)
+    two.to_parquet(root / "two.parquet")
+    two.select_columns(["image", "label"]).to_parquet(root / "one.parquet")
+    (root / "net.json").write_text(json.dumps(TINY))
+    (root / "larger.json").write_text(json.dumps({**TINY, "block_out_channels": [8, 12]}))
+    found = {
+        "wide": root / "wide",
+        "parquet": root / "one.parquet",
+        "two": root / "two.parquet",
+        "larger": root / "larger.json",
+    }
+    found |= {"net": root / "net.json", "images": image_folder, "trained": root / "trained"}
+    script.main([str(flag) for flag in base(found, root / "trained", "")])
+    AcceleratorState._reset_state(True)
+    return found
+
+
+def base(places, folder, more):
+    argv = ["--output_dir", folder, "--train_batch_size", 4, "--num_samples", 2, "--num_inference_steps", 3]
+    argv += ["--lr_warmup_steps", 0, "--learning_rate", 1e-3, "--report_to", "none"]
+    if "--num_epochs" not in more:
+        argv += ["--max_train_steps", 3] if "--train_batch_size 12" not in more else ["--num_epochs", 1]
+    if "--dataset_name" not in more and "--train_data_dir" not in more:
+        argv += ["--train_data_dir", places["images"]]
+    if "--pretrained_model_name_or_path" not in more and "--model_config" not in more.split():
+        argv += ["--model_config", places["net"]]
+    if more.endswith("--model_config"):
+        more = f"{more} {places['net']}"
+    return [*argv, *more.format(**places).split()]
+
+
+def outcome(folder, log):
+    """What a run left, by kind."""
+
+    def digest(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+    raw = folder / "unet_raw" if (folder / "unet_raw").is_dir() else folder / "unet"
+    (grid,) = sorted((folder / "samples").glob("*.png"))[-1:]
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    events = [path.stat().st_size for path in folder.rglob("events.out*")]
+    return {
+        "weights": digest(raw / "diffusion_pytorch_model.safetensors"),
+        "average": digest(folder / "unet" / "diffusion_pytorch_model.safetensors"),
+        "files": {re.sub(r"events\\.out.*|\\d{10}\\.\\d+", "", name) for name in files},
+        "grid": digest(grid),
+        "card": (folder / "README.md").read_text().replace(str(folder), "").replace(f"# {folder.name}", ""),
+        "events": sum(events),
+        "metadata": json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_stf"],
+        "log": log,
+    }
+
+
+@pytest.mark.parametrize("flag", CASES)
+def test_flag(flag, places, tmp_path, caplog):
+    caplog.set_level("INFO")
+    common, more, kind = CASES[flag]
+    results = []
+    for name, argv in (("without", common), ("with", f"{common} {more}".replace("--model_config --pre", "--pre"))):
+        caplog.clear()
+        script.main([str(part) for part in base(places, tmp_path / name, argv)])
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        results.append(outcome(tmp_path / name, caplog.text))
+    without, having = results
+    if kind == "same":  # a matter of speed or memory
+        assert without["files"] == having["files"]
+        return
+    what, _, detail = kind.partition(" ")
+    if what == "log":
+        assert detail in having["log"] and detail not in without["log"]
+    elif what == "metadata":
+        assert without["metadata"].get(detail) != having["metadata"].get(detail)
+    else:
+        assert without[what] != having[what]
+
+
+def test_every_flag_is_in_the_table():
+    assert set(CASES) | set(ELSEWHERE) == set(vars(script.parse_args([])))
+    assert not set(CASES) & set(ELSEWHERE)
+
+
+def test_runs_are_repeatable(places, tmp_path):
+    """Without which the comparisons above would say nothing."""
+    results = []
+    for name in ("one", "two"):
+        script.main([str(part) for part in base(places, tmp_path / name, "--random_flip")])
+        AcceleratorState._reset_state(True)
+        results.append(outcome(tmp_path / name, ""))
+    assert results[0] == results[1]
+
+
+def test_data_sets_with_configurations(tmp_path):
+    """--dataset_config_name chooses among the configurations of a folder's card."""
+    from image_data import load_train_split
+
+    for name, count in (("small", 3), ("large", 5)):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / name / f"{index}.png")
+    configs = [{"config_name": name, "data_dir": name} for name in ("small", "large")]
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    assert [len(load_train_split(str(tmp_path), name)) for name in ("small", "large")] == [3, 5]
+    with pytest.raises(ValueError, match="Config name is missing"):
+        load_train_split(str(tmp_path))
