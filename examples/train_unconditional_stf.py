@@ -569,10 +569,9 @@ def main(argv: list[str] | None = None) -> None:
     unet = build_unet(args, images.reader, num_classes)
     diffusers_pipeline(unet, process, **sampling_range)  # an impossible range fails now, not after the training
     references = choose_references(args, images, accelerator)
-    sampler = references.sampler
     loader = DataLoader(
         images,
-        batch_sampler=sampler,
+        batch_sampler=references.sampler,
         collate_fn=partial(collate, ReferenceBatchCollator(args.train_batch_size)),
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_num_workers > 0,
@@ -583,7 +582,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     images_per_step = args.gradient_accumulation_steps * args.train_batch_size * num_processes
-    max_steps = args.max_train_steps or math.ceil(args.num_epochs * len(sampler) / args.gradient_accumulation_steps)
+    max_steps = args.max_train_steps or math.ceil(
+        args.num_epochs * len(references.sampler) / args.gradient_accumulation_steps
+    )
     optimizer, lr_scheduler = make_optimizer(args, unet, images_per_step, max_steps)
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
     if args.compile:
@@ -679,7 +680,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.wait_for_everyone()
 
     log, target_share, stop = TrainingLog(accelerator), TargetShare(device), StopSignal()
-    stream = batches_from(first_step * args.gradient_accumulation_steps, loader, sampler)
+    stream = batches_from(first_step * args.gradient_accumulation_steps, loader, references.sampler)
     noise_generator, flip_generator = torch.Generator(device), torch.Generator(device)
     progress = tqdm(
         initial=first_step, total=max_steps, desc="Training", unit="step", disable=not accelerator.is_local_main_process

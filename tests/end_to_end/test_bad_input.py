@@ -126,7 +126,7 @@ DATA = {
         folder_of(("0.png", encoded(picture("L")))),
         "image 1 has mode RGB where others are grey. Pass --image_mode RGB",
     ),
-    "empty set": (empty, "the data set is empty"),
+    "empty set": (empty, "corresponds to no data"),
     "no training split": (only_test_split, "no 'train' split; it has ['test']"),
     "missing image": (parquet_of(image=[*GOOD, None]), "image 8 is missing"),
     "no images": (parquet_of(text=["a"] * 8), "no column holds images among ['text']"),

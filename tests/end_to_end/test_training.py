@@ -483,7 +483,7 @@ def test_reader_crops_resizes_and_converts():
     with pytest.raises(ValueError, match="8 bits"):
         ImageReader("L", 8, True)(Image.fromarray(np.zeros((8, 8), np.uint16)), random.Random(0))
     with pytest.raises(ValueError, match="--image_mode"):
-        ImageReader("L", 8, True, to_grey=False)(wide, random.Random(0))
+        ImageReader("L", 8, True, convert=False)(wide, random.Random(0))
     with pytest.raises(ValueError, match="--resolution"):
         ImageReader("RGB", 8, True, resize=False)(wide, random.Random(0))
 
