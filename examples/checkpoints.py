@@ -53,6 +53,11 @@ def find_checkpoint(output_dir: Path, requested: str | None) -> Path | None:
                     f"{output_dir} holds later checkpoints than {path.name}: {', '.join(later)}. Move or delete them, or "
                     "resume into another --output_dir."
                 )
+            if path.resolve().parent != output_dir.resolve() and complete:
+                raise ValueError(
+                    f"{output_dir} holds checkpoints of its own ({', '.join(other.name for other in complete)}), among "
+                    f"which those of a run that goes on from {path} would be lost. Choose another --output_dir."
+                )
             return path
     names = ", ".join(path.name for path in complete) or "none"
     raise ValueError(f"--resume_from_checkpoint {requested}: no complete checkpoint there; in {output_dir}: {names}.")
@@ -113,7 +118,7 @@ def said_where_it_fails(what: str, output_dir: Path) -> Iterator[None]:
         free = shutil.disk_usage(output_dir).free / 2**20
         raise OSError(
             f"{what} cannot be written to {output_dir}, where {free:.1f} MiB are free: {error}. What was there before is "
-            "whole; make room, and continue with --resume_from_checkpoint latest."
+            "whole. Where the disk is full, make room; --resume_from_checkpoint latest continues."
         ) from error
 
 
@@ -150,8 +155,13 @@ def read_step(checkpoint: Path, run: dict[str, Any]) -> int:
     Raises:
         ValueError: it belongs to a run that differs in what decides the data's order, the weights' shapes or the target.
     """
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    saved = manifest["run"]
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        saved, step = manifest["run"], int(manifest["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{checkpoint / MANIFEST} is damaged: {error!r}. Delete {checkpoint} to resume earlier."
+        ) from error
     differing = [
         f"{key} ({saved.get(key)} there, {value} now)" for key, value in run.items() if saved.get(key) != value
     ]
@@ -160,14 +170,24 @@ def read_step(checkpoint: Path, run: dict[str, Any]) -> int:
             f"{checkpoint} belongs to another run: {'; '.join(differing)}. Use the same values, or start anew in another "
             "--output_dir."
         )
-    return int(manifest["step"])
+    return step
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, unet: nn.Module, ema: EMAModel | None) -> None:
-    """Load what `save_checkpoint` saved into the prepared objects and `ema`. Torch files are read with weights_only."""
-    accelerator.load_state(str(checkpoint), load_kwargs={"weights_only": True})
-    if ema is not None:
-        with safe_open(checkpoint / AVERAGE, framework="pt") as file:
-            averages = [file.get_tensor(name) for name, _ in unet.named_parameters()]
-            ema.load_state_dict({**json.loads(file.metadata()["state"]), "shadow_params": averages})
-        ema.to(accelerator.device)
+    """Load what `save_checkpoint` saved into the prepared objects and `ema`. Torch files are read with weights_only.
+
+    Raises:
+        ValueError: something is missing, damaged, or does not fit.
+    """
+    try:
+        accelerator.load_state(str(checkpoint), load_kwargs={"weights_only": True})
+        if ema is not None:
+            with safe_open(checkpoint / AVERAGE, framework="pt") as file:
+                averages = [file.get_tensor(name) for name, _ in unet.named_parameters()]
+                ema.load_state_dict({**json.loads(file.metadata()["state"]), "shadow_params": averages})
+            ema.to(accelerator.device)
+    except Exception as error:
+        raise ValueError(
+            f"{checkpoint} cannot be loaded: it is damaged, or of another network ({error}). Pass the run's own "
+            "--model_config, or delete it to resume from an earlier one."
+        ) from error

@@ -19,6 +19,18 @@ ATTEMPTS = 3
 PIPELINE_FILES = ("README.md", "model_index.json", "scheduler/*", "unet/*", "unet_raw/*")
 
 
+def copy_or_link(path: Path, copy: Path) -> None:
+    """Weights are replaced as files, never written into, so that a link keeps what they are now. Some disks have none."""
+    if path.suffix == ".safetensors":
+        try:
+            os.link(path, copy)
+        except OSError:
+            pass
+        else:
+            return
+    shutil.copyfile(path, copy)
+
+
 class HubUpload:
     """A repository on the Hub for the pipeline of a run.
 
@@ -48,19 +60,20 @@ class HubUpload:
 
     def push(self, folder: Path, message: str, grid: Path) -> None:
         """Have the pipeline, its card and its sample grid committed; no checkpoints, no logs. Returns at once."""
-        snapshot = Path(tempfile.mkdtemp(prefix=".upload-", dir=folder))
-        for pattern in (*PIPELINE_FILES, str(grid.relative_to(folder))):
-            for path in folder.glob(pattern):
-                copy = snapshot / path.relative_to(folder)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                # Weights are replaced as files, never written into, so that a link keeps what they are now.
-                if path.suffix == ".safetensors":
-                    os.link(path, copy)
-                else:
-                    shutil.copyfile(path, copy)
         self.missing[message] = "not finished"
         self._last = message
-        self._pending.put((snapshot, message))
+        try:
+            snapshot = Path(tempfile.mkdtemp(prefix=".upload-", dir=folder))
+            for pattern in (*PIPELINE_FILES, str(grid.relative_to(folder))):
+                for path in folder.glob(pattern):
+                    copy = snapshot / path.relative_to(folder)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    copy_or_link(path, copy)
+        except OSError as error:
+            self.missing[message] = f"the files could not be set aside: {error}"
+            logger.warning("Nothing is uploaded to %s now: %s", self.repository, self.missing[message])
+        else:
+            self._pending.put((snapshot, message))
 
     def _work(self) -> None:
         while True:

@@ -228,13 +228,18 @@ class ImageColumn(torch.utils.data.Dataset):
             return False
         return any(image.width != image.height for image in self.dataset[self.column])
 
-    def digest(self, at_most: int = 64) -> str:
-        """What tells this data set from another: a digest of `at_most` evenly spaced images, and of their labels."""
-        rows = np.unique(np.linspace(0, len(self) - 1, min(len(self), at_most)).astype(int)).tolist()
-        columns = self.__getitems__(rows)
+    def digest(self, at_most: int = 256) -> str:
+        """What tells this data set from another: a digest of all decoded images and labels, or, where they are decoded as
+        they are read, of `at_most` evenly spaced ones.
+        """
         content = hashlib.sha256(f"{len(self)} {tuple(self.shape)}".encode())
-        for name in sorted(columns):
-            content.update(columns[name].contiguous().numpy().tobytes())
+        if self.images is not None:
+            content.update(self.images.numpy().data)
+        else:
+            rows = np.unique(np.linspace(0, len(self) - 1, min(len(self), at_most)).astype(int)).tolist()
+            content.update(self.__getitems__(rows)["images"].numpy().tobytes())
+        if self.labels is not None:
+            content.update(self.labels.numpy().data)
         return content.hexdigest()[:16]
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ PROCESS_PARAMETERS = {
 # are held by the state of the optimizer, the schedule and the averaged weights.
 KEPT_FLAGS = (
     "objective", "train_batch_size", "gradient_accumulation_steps", "seed", "random_flip", "center_crop",
-    "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps",
+    "learning_rate", "max_grad_norm", "scale_lr", "lr_scheduler", "lr_warmup_steps",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
     "use_ema", "ema_inv_gamma", "ema_power", "ema_max_decay",
 )  # fmt: skip
@@ -183,9 +183,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=sigma_data_value,
         help="EDM: standard deviation of the data, or auto: measured. Default: 0.5.",
     )
-    method.add_argument("--p_mean", type=float, help="EDM: mean of ln(sigma) in training. Default: -1.2.")
     method.add_argument(
-        "--p_std", type=positive, help="EDM: standard deviation of ln(sigma) in training. Default: 1.2."
+        "--p_mean", type=number(float, -20, high=20), help="EDM: mean of ln(sigma) in training. Default: -1.2."
+    )
+    method.add_argument(
+        "--p_std",
+        type=number(float, 0, above=True, high=10),
+        help="EDM: standard deviation of ln(sigma) in training. Default: 1.2.",
     )
     method.add_argument(
         "--sigma_min", type=positive, help="VE: smallest noise level (0.02). EDM: when sampling (0.002)."
@@ -205,7 +209,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     network.add_argument("--gradient_checkpointing", action="store_true", help="Trade time for memory in the network.")
     network.add_argument("--compile", action="store_true", help="torch.compile the network.")
-    network.add_argument("--channels_last", action="store_true", help="Channels-last layout in the network.")
     network.add_argument("--allow_tf32", action="store_true", help="TF32 in the network; targets stay exact.")
     network.add_argument(
         "--mixed_precision",
@@ -263,7 +266,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--sample_steps", type=count, help="Sample a grid every this many steps. Default: at the end only."
     )
     report.add_argument("--num_samples", type=count, default=16, help="Images per grid.")
-    report.add_argument("--num_inference_steps", type=number(int, 2), default=35, help="Sampling steps per image.")
+    report.add_argument(
+        "--num_inference_steps", type=number(int, 2, high=1000), default=35, help="Sampling steps per image."
+    )
     report.add_argument("--push_to_hub", action="store_true", help="Upload the pipeline at the end.")
     report.add_argument("--hub_steps", type=count, help="Upload every this many steps too.")
     report.add_argument(
@@ -417,6 +422,10 @@ def load_images(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Ima
             if not all(isinstance(label, int) and label >= 0 for label in labels):
                 raise ValueError(f"labels in {label_column!r} must be integers from 0; remove rows without a label.")
             num_classes = max(labels) + 1
+            if num_classes > len(labels):
+                raise ValueError(
+                    f"labels in {label_column!r} go up to {max(labels)}, for {len(labels)} images. Number the classes from 0."
+                )
             alone = [label for label, count in Counter(labels).items() if count == 1]
             if alone and args.objective == "stf":
                 logger.warning("Classes of a single image have the targets of denoising score matching: %s.", alone)
@@ -506,6 +515,36 @@ def data_name(args: argparse.Namespace) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
+def refuse_occupied(output_dir: Path, requested: str | None) -> None:
+    """Raise ValueError where `output_dir` holds a trained run, and say what can be done with it."""
+    if complete_checkpoints(output_dir) or (output_dir / "model_index.json").exists():
+        how = (
+            "It has no checkpoint to continue from; r"
+            if requested
+            else "Continue it with --resume_from_checkpoint latest, r"
+        )
+        raise ValueError(
+            f"{output_dir} holds a trained run. {how}eplace it with --overwrite_output_dir, or choose another --output_dir."
+        )
+
+
+def clear(output_dir: Path) -> None:
+    """Remove the earlier run's checkpoints, samples and claim to be a pipeline."""
+    (output_dir / "model_index.json").unlink(missing_ok=True)
+    for path in complete_checkpoints(output_dir):
+        discard(path)
+    shutil.rmtree(output_dir / "samples", ignore_errors=True)
+
+
+def check_finite(unet: UNet2DModel, step: int) -> None:
+    """Raise FloatingPointError where a weight is not a number: before anything is saved."""
+    if not bool(torch.stack([parameter.isfinite().all() for parameter in unet.parameters()]).all()):
+        raise FloatingPointError(
+            f"the weights are not finite after step {step}. They were not saved; the last checkpoint is good. Lower "
+            "--learning_rate, or use bf16 instead of fp16."
+        )
+
+
 def check_writable(output_dir: Path) -> None:
     """Raise ValueError unless `output_dir` is a folder that can be written to, or can be made."""
     existing = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
@@ -555,12 +594,8 @@ def main(argv: list[str] | None = None) -> None:
     resume = find_checkpoint(output_dir, args.resume_from_checkpoint)
     if args.resume_from_checkpoint == "latest" and resume is None:
         logger.info("No checkpoint in %s yet: starting at step 0.", output_dir)
-    occupied = complete_checkpoints(output_dir) or (output_dir / "model_index.json").exists()
-    if occupied and resume is None and not args.overwrite_output_dir:
-        raise ValueError(
-            f"{output_dir} holds a trained run. Continue it with --resume_from_checkpoint latest, replace it with "
-            "--overwrite_output_dir, or choose another --output_dir."
-        )
+    if resume is None and not args.overwrite_output_dir:
+        refuse_occupied(output_dir, args.resume_from_checkpoint)
     images, num_classes = load_images(args, accelerator)
     process, sampling_range = choose_process(args, images)
     objective = STFTrainingObjective(process)
@@ -577,8 +612,6 @@ def main(argv: list[str] | None = None) -> None:
         persistent_workers=args.dataloader_num_workers > 0,
         pin_memory=device.type == "cuda",
     )
-    if args.channels_last:
-        unet.to(memory_format=torch.channels_last)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     images_per_step = args.gradient_accumulation_steps * args.train_batch_size * num_processes
@@ -622,13 +655,11 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
-        if args.overwrite_output_dir:
-            for path in complete_checkpoints(output_dir):
-                discard(path)
-            shutil.rmtree(output_dir / "samples", ignore_errors=True)
     accelerator.wait_for_everyone()
     if accelerator.log_with:
         accelerator.init_trackers("stf_diffusers", config=tracked_flags(args))
+    if accelerator.is_main_process and args.overwrite_output_dir:  # nothing at the start can fail any more
+        clear(output_dir)
     logger.info(
         "%s on %s with %s; %d images of %s, %s; %.1f M parameters; %d steps of %d images on %d process(es).",
         args.objective.upper(), process, references, len(images), images.shape,
@@ -716,27 +747,31 @@ def main(argv: list[str] | None = None) -> None:
                 ema.step(unet.parameters())
         progress.update()
         target_share.step_done()
-        checkpoint_due = step % args.checkpointing_steps == 0
+        # The last one, and one with each upload, so that a killed run never has a pipeline and nothing to go on from.
+        hub_due = bool(args.hub_steps) and step % (args.hub_steps or 1) == 0
+        checkpoint_due = step % args.checkpointing_steps == 0 or step == max_steps or hub_due
         stopping = stop.agreed() and step < max_steps
         if step in (first_step + 1, max_steps) or step % args.logging_steps == 0 or checkpoint_due or stopping:
             report = log.flush() | {"learning_rate": learning_rate, "gradient_norm": float(gradient_norm)}
             progress.set_postfix(loss=f"{report['loss']:.4f}", lr=f"{learning_rate:.2e}")
             accelerator.log(report, step=step)
         if checkpoint_due or stopping:
+            check_finite(unet, step)
             save_checkpoint(accelerator, output_dir, step, unet, ema, run, args.checkpoints_total_limit)
         if stopping:
             logger.info("Stopped by a signal after step %d; --resume_from_checkpoint latest continues.", step)
-            progress.close()
+            if hub:
+                hub.report(output_dir, patience=20)
             accelerator.end_training()
             raise SystemExit(REQUEUE_EXIT_CODE)
-        if step < max_steps and args.hub_steps and step % args.hub_steps == 0:
+        if step < max_steps and hub_due:
             save(step)
         elif step < max_steps and args.sample_steps and step % args.sample_steps == 0:
             save_grid(averaged_pipeline(step), step)
     progress.close()
-    stop.restore()
 
     save(max(first_step, max_steps))
+    stop.restore()
     if hub:
         hub.report(output_dir)
     accelerator.end_training()

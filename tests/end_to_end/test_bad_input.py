@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import struct
 import zlib
 
@@ -202,6 +203,9 @@ FLAGS = {
     "--reference_memory_gb 0": "above 0",
     "--dataloader_num_workers -1": "at least 0",
     "--learning_rate inf": "above 0",
+    "--p_mean nan": "at least -20 and at most 20",
+    "--p_std 1e6": "at most 10",
+    "--num_inference_steps 2000": "at most 1000",
     "--epsilon_t 0.9 --noise_process vp": "at most 0.5",
     "--no_such_flag 1": "unrecognized arguments",
 }
@@ -263,6 +267,72 @@ def test_a_class_of_one_image_is_told(tmp_path, caplog):
     argv += ["--train_batch_size", 4, "--model_config", tmp_path / "net.json", "--max_train_steps", 1]
     script.main([str(flag) for flag in (*argv, "--num_samples", 1, "--report_to", "none", "--num_inference_steps", 2)])
     assert "Classes of a single image have the targets of denoising score matching: [5]" in caplog.text
+
+
+def run_argv(tmp_path, *more):
+    data = (
+        folder_of()(tmp_path / "data") if not (tmp_path / "data").exists() else ["--train_data_dir", tmp_path / "data"]
+    )
+    (tmp_path / "net.json").write_text(json.dumps(TINY))
+    argv = [*data, "--output_dir", tmp_path / "run", "--model_config", tmp_path / "net.json", "--train_batch_size", 4]
+    argv += ["--report_to", "none", "--num_samples", 1, "--num_inference_steps", 2, "--lr_warmup_steps", 0]
+    return [str(flag) for flag in (*argv, *more)]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"weights are not finite after step 1\. They were not saved"):
+        script.main(
+            run_argv(tmp_path, "--learning_rate", "1e38", "--adam_weight_decay", "1e38", "--max_train_steps", 1)
+        )
+    assert not list((tmp_path / "run").glob("*"))
+
+
+DAMAGES = {
+    "cut short": lambda folder: (folder / "model.safetensors").write_bytes(b"short"),
+    "without averages": lambda folder: (folder / "ema.safetensors").unlink(),
+    "without optimizer": lambda folder: (folder / "optimizer.bin").unlink(),
+    "garbled manifest": lambda folder: (folder / "training_state.json").write_text("{garb"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_checkpoints_are_named(case, tmp_path):
+    argv = run_argv(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
+    script.main(argv)
+    AcceleratorState._reset_state(True)
+    DAMAGES[case](tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"checkpoint-2.*damaged.*(Delete|delete)"):
+        script.main(argv)
+
+
+def test_a_checkpoint_from_elsewhere_needs_a_folder_without_any(tmp_path):
+    argv = run_argv(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1)
+    script.main(argv)
+    AcceleratorState._reset_state(True)
+    shutil.copytree(tmp_path / "run" / "checkpoint-1", tmp_path / "elsewhere" / "checkpoint-1")
+    from_there = ["--resume_from_checkpoint", str(tmp_path / "elsewhere" / "checkpoint-1")]
+    with pytest.raises(ValueError, match="holds checkpoints of its own"):
+        script.main([*argv, *from_there])
+    AcceleratorState._reset_state(True)
+    script.main([*argv, *from_there, "--output_dir", str(tmp_path / "new")])
+    assert (tmp_path / "new" / "checkpoint-2").is_dir()
+
+
+def test_an_overwriting_run_that_cannot_start_loses_nothing(tmp_path):
+    argv = run_argv(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1)
+    script.main(argv)
+    AcceleratorState._reset_state(True)
+    (tmp_path / "run" / "logs").write_text("in the way of the tracker")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match="logs"):
+        script.main([*argv, "--overwrite_output_dir", "--report_to", "tensorboard"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_enormous_labels(tmp_path, capsys):
+    make = parquet_of(image=GOOD, label=[3] * 7 + [10**6])
+    argv = [*make(tmp_path / "data"), "--class_conditional", "--label_column", "label"]
+    assert "Number the classes from 0" in refused(argv, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

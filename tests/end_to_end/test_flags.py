@@ -44,7 +44,6 @@ CASES = {
     "pretrained_model_name_or_path": ("--model_config", "--pretrained_model_name_or_path {trained}", "weights"),
     "class_conditional": ("", "--class_conditional", "metadata num_classes"),
     "gradient_checkpointing": ("", "--gradient_checkpointing", "same"),
-    "channels_last": ("", "--channels_last", "same"),
     "allow_tf32": ("", "--allow_tf32", "same"),
     "mixed_precision": ("", "--mixed_precision bf16", "weights"),
     "seed": ("", "--seed 1", "weights"),
