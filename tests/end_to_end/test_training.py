@@ -269,6 +269,7 @@ def test_two_processes_train_checkpoint_and_resume(flags, tmp_path):
     assert torch.load(run / "checkpoint-2" / "scheduler.bin", weights_only=True)["last_epoch"] == 2
     assert len(list((run / "checkpoint-2").glob("random_states_*.pkl"))) == 2
     ended = weights(run)
+    shutil.rmtree(run / "checkpoint-3")
     output = launch(flags(*more, "--max_train_steps", 3, "--resume_from_checkpoint", "latest"), processes=2)
     assert "Resumed after step 2" in output
     assert same(ended, weights(run))
