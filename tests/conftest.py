@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -27,3 +28,11 @@ def image_folder(tmp_path_factory):
         base = 180 if index % 2 else 60
         Image.fromarray(rng.integers(base - 50, base + 50, (8, 8, 3), dtype=np.uint8)).save(name)
     return folder
+
+
+@pytest.fixture
+def fresh_accelerate_state():
+    """Accelerate keeps its state in the process; each run of a script through `main` needs it new."""
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()

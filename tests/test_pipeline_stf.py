@@ -182,7 +182,10 @@ def test_the_card_of_every_pipeline_parses_and_its_snippets_run(tmp_path):
         pipeline.save_pretrained(folder)
         card = model_card(pipeline, repository=str(folder), num_inference_steps=3)
         height, width = (size, size) if isinstance(size, int) else size
-        assert card.data.to_dict()["library_name"] == "diffusers" and f"{height}×{width}, {channels} channel(s)" in card.content
+        assert (
+            card.data.to_dict()["library_name"] == "diffusers"
+            and f"{height}×{width}, {channels} channel(s)" in card.content
+        )
         snippets = re.findall(r"```python\n(.*?)```", card.content, flags=re.DOTALL)
         assert len(snippets) == 2
         # Diffusers' pipeline takes a size that is a number.

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from PIL import Image
 from test_training import TINY
 
@@ -18,12 +18,7 @@ import train_unconditional_stf as script
 from stf_diffusers.export import diffusers_pipeline, save_pipeline
 from test_export import PROCESSES, small_unet
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
 
 def picture(mode="RGB", size=(8, 8), seed=0):

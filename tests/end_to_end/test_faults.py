@@ -16,12 +16,7 @@ from test_training import TINY, same, weights
 import train_unconditional_stf as script
 from conftest import EXAMPLES, ROOT
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
 
 @pytest.fixture

@@ -19,12 +19,7 @@ from conftest import EXAMPLES, ROOT
 from oracles import images, normal
 from stf_diffusers import EDM, STFTrainingObjective
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
 
 @pytest.fixture

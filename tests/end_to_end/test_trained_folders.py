@@ -18,7 +18,7 @@ from conftest import ROOT
 from stf_diffusers import STFPipeline
 
 # One process trains and keeps the folders for all the tests of this file.
-pytestmark = pytest.mark.xdist_group("trained_folders")
+pytestmark = [pytest.mark.xdist_group("trained_folders"), pytest.mark.usefixtures("fresh_accelerate_state")]
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 RUNS = [
@@ -45,13 +45,6 @@ for folder in folders:
     np.save(folder + "/plain.npy", images)
 assert not [name for name in sys.modules if name.startswith("stf_diffusers.")]
 """
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

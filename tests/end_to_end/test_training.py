@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -43,11 +43,7 @@ assert not [name for name in sys.modules if name.startswith("stf_diffusers.")]
 """
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
 
 @pytest.fixture
