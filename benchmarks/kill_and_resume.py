@@ -2,11 +2,13 @@
 """Does a run that is killed at any moment end as if it had not been?
 
     python benchmarks/kill_and_resume.py --kills 200
+    python benchmarks/kill_and_resume.py --kills 50 --processes 2
 
 Trains a small network in processes of their own, kills each with SIGKILL at a random moment (during start, steps,
 checkpoints, rotation, the final save), and starts it again with `--resume_from_checkpoint latest` until it has ended; then
 the next chain begins, until there were that many kills. After each kill every checkpoint that counts as complete is
 compared with the same step's of a run that was not killed, and at the end of each chain the saved pipeline: bit by bit.
+Of several processes (gloo) one is killed, and the others have to end by themselves.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -47,14 +51,56 @@ def flags(folder: Path, output: Path, variant: list[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def train(argv: list[str], log: Path) -> None:
-    """One run in this process."""
+def train(argv: list[str], log: Path, rank: int, world: int, port: int) -> None:
+    """One run, of which this process is number `rank`."""
     import train_unconditional_stf as script
 
+    if world > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         script.main(argv)
+
+
+class Run:
+    """A run of the script in `world` processes of its own."""
+
+    def __init__(self, context: BaseContext, argv: list[str], log: Path, world: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.processes = [
+            context.Process(target=train, args=(argv, log, rank, world, port))  # type: ignore[attr-defined]
+            for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def ended(self) -> bool:
+        return not any(process.is_alive() for process in self.processes)
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for all processes to end, at most that long."""
+        end = None if seconds is None else time.monotonic() + seconds
+        for process in self.processes:
+            process.join(None if end is None else max(0.0, end - time.monotonic()))
+
+    def kill_one(self, number: int) -> bool:
+        """Kill a process; whether it was still alive.
+
+        Raises:
+            AssertionError: the others are still alive two minutes later.
+        """
+        self.processes[number].kill()
+        self.join(120)
+        if not self.ended():
+            raise AssertionError("a process hangs after another was killed")
+        return bool(self.processes[number].exitcode == -signal.SIGKILL)
+
+    def succeeded(self) -> bool:
+        return all(process.exitcode == 0 for process in self.processes)
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -81,8 +127,8 @@ def check_checkpoints(output: Path, expected: dict[str, dict[str, str]]) -> int:
     return len(complete)
 
 
-def trial(kills: int, seed: int, folder: Path) -> dict[str, int]:
-    """Chains of killed runs until there were `kills`; counts of what happened."""
+def trial(kills: int, seed: int, folder: Path, world: int = 1) -> dict[str, int]:
+    """Chains of killed runs of `world` processes until there were `kills`; counts of what happened."""
     (folder / "net.json").write_text(json.dumps(TINY))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -96,13 +142,11 @@ def trial(kills: int, seed: int, folder: Path) -> dict[str, int]:
         output, checkpoints = folder / f"whole-{number}", {}
         for steps in range(1, STEPS + 1):
             # Step by step, so that each step's checkpoint is seen before it is rotated away. The schedule is constant.
-            process = context.Process(
-                target=train, args=([*flags(folder, output, variant), "--max_train_steps", str(steps), "--lr_scheduler", "constant"], log)
-            )  # fmt: skip
+            argv = [*flags(folder, output, variant), "--max_train_steps", str(steps), "--lr_scheduler", "constant"]
             start = time.perf_counter()
-            process.start()
-            process.join()
-            if process.exitcode != 0:
+            run = Run(context, argv, log, world)
+            run.join()
+            if not run.succeeded():
                 raise RuntimeError(log.read_text()[-3000:])
             checkpoints[f"checkpoint-{steps}"] = digest(output / f"checkpoint-{steps}")
         expected.append(checkpoints)
@@ -114,27 +158,24 @@ def trial(kills: int, seed: int, folder: Path) -> dict[str, int]:
         output = folder / f"chain-{counts['chains']}"
         argv = [*flags(folder, output, VARIANTS[number]), "--lr_scheduler", "constant"]
         for attempt in range(1000):
-            process = context.Process(target=train, args=(argv, log))
             said = log.stat().st_size
-            process.start()
+            run = Run(context, argv, log, world)
             counts["runs"] += 1
             if attempt >= 30:  # after many kills one is let through
-                process.join()
+                run.join()
             elif draw.random() < 0.2:
-                process.join(draw.uniform(0, durations[number]))
+                run.join(draw.uniform(0, durations[number]))
             else:  # from the first step on, where all the writing is
-                while process.is_alive() and b"references, " not in log.read_bytes()[said:]:
+                while not run.ended() and b"references, " not in log.read_bytes()[said:]:
                     time.sleep(0.002)
-                process.join(draw.uniform(0, 0.5))
-            process.kill()  # nothing, where it has ended
-            process.join()
-            if process.exitcode == -signal.SIGKILL:
+                run.join(draw.uniform(0, 0.5 * world))
+            if run.kill_one(draw.randrange(world)):
                 counts["kills"] += 1
-            elif process.exitcode != 0:
+            elif not run.succeeded():
                 raise RuntimeError(log.read_text()[-3000:])
             counts["checkpoints_compared"] += check_checkpoints(output, expected[number])
             counts["leftovers_seen"] += len(list(output.glob(".*")))
-            if process.exitcode == 0:
+            if run.succeeded():
                 break
         if pipeline_digest(output) != pipelines[number]:
             raise AssertionError(f"{output} ended differently from the run that was not killed")
@@ -149,11 +190,12 @@ def trial(kills: int, seed: int, folder: Path) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("kill_and_resume.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        counts = trial(args.kills, args.seed, Path(folder))
+        counts = trial(args.kills, args.seed, Path(folder), args.processes)
     args.output.write_text(json.dumps(counts, indent=2))
 
 

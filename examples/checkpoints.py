@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+logger = get_logger("train_unconditional_stf")
 
 PREFIX = "checkpoint-"
 MANIFEST = "training_state.json"
@@ -69,12 +72,12 @@ def save_checkpoint(
     step: int,
     unet: nn.Module,
     ema: EMAModel | None,
-    run: dict[str, Any],
+    manifest: dict[str, Any],
     limit: int | None,
 ) -> None:
     """Save the state after `step` optimizer steps from all processes, then drop the oldest beyond `limit`.
 
-    `run` describes what a resumed run must share with this one.
+    `manifest` has what a resumed run must share with this one ("run") and what it should ("settings").
     """
     staging, final = output_dir / f".saving-{PREFIX}{step}", output_dir / f"{PREFIX}{step}"
     with said_where_it_fails(f"the checkpoint of step {step}", output_dir):
@@ -90,7 +93,7 @@ def save_checkpoint(
                 averages = scalars.pop("shadow_params")
                 named = {name: average for (name, _), average in zip(unet.named_parameters(), averages, strict=True)}
                 save_file(named, staging / AVERAGE, metadata={"state": json.dumps(scalars)})
-            (staging / MANIFEST).write_text(json.dumps({"step": step, "run": run}, indent=2))
+            (staging / MANIFEST).write_text(json.dumps({"step": step, **manifest}, indent=2))
             for path in staging.iterdir():
                 sync(path)
             sync(staging)
@@ -149,28 +152,36 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def read_step(checkpoint: Path, run: dict[str, Any]) -> int:
-    """The step of a checkpoint.
+def read_step(checkpoint: Path, manifest: dict[str, Any]) -> int:
+    """The step of a checkpoint. Warns where its run had other settings.
 
     Raises:
         ValueError: it belongs to a run that differs in what decides the data's order, the weights' shapes or the target.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        saved, step = manifest["run"], int(manifest["step"])
+        saved = json.loads((checkpoint / MANIFEST).read_text())
+        run, settings, step = saved["run"], saved["settings"], int(saved["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{checkpoint / MANIFEST} is damaged: {error!r}. Delete {checkpoint} to resume earlier."
         ) from error
-    differing = [
-        f"{key} ({saved.get(key)} there, {value} now)" for key, value in run.items() if saved.get(key) != value
-    ]
-    if differing:
+    if different := differences(run, manifest["run"]):
         raise ValueError(
-            f"{checkpoint} belongs to another run: {'; '.join(differing)}. Use the same values, or start anew in another "
-            "--output_dir."
+            f"{checkpoint} belongs to another run: {different}. Use the same values, or start anew in another --output_dir."
+        )
+    if different := differences(settings, manifest["settings"]):
+        logger.warning(
+            "Unlike before: %s. The run goes on, but does not end like one that was not interrupted.", different
         )
     return step
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """The values that are not what was saved, as a list for people; empty where there are none."""
+    keys = [*now, *(key for key in saved if key not in now)]
+    return "; ".join(
+        f"{key} ({saved.get(key)} there, {now.get(key)} now)" for key in keys if saved.get(key) != now.get(key)
+    )
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, unet: nn.Module, ema: EMAModel | None) -> None:

@@ -13,18 +13,36 @@ REQUEUE_EXIT_CODE = 75
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGUSR1 from now on until `restore`.
-
-    Processes agree through a group of their own on the CPU, so that asking does not wait for the training device.
+    """SIGTERM and SIGUSR1 within a `with` block: SystemExit with `REQUEUE_EXIT_CODE` at once, or once `defer` was called,
+    an answer of `agreed`.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._deferred = False
+        self._group: dist.ProcessGroup | None = None
+
+    def __enter__(self) -> StopSignal:
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        if not self._deferred:
+            raise SystemExit(REQUEUE_EXIT_CODE)
+
+    def defer(self) -> None:
+        """From now on there is something to save: a signal waits for the next call of `agreed`. Collective.
+
+        Processes agree through a group of their own on the CPU, so that asking does not wait for the training device.
+        """
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
+        self._deferred = True
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop. Collective: every process calls it after the same steps."""
@@ -33,8 +51,3 @@ class StopSignal:
         asked = torch.tensor([self.received is not None], dtype=torch.int32)
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
         return bool(asked)
-
-    def restore(self) -> None:
-        """Put the handlers back that were there before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -68,12 +68,12 @@ from image_data import (
     make_reader,
     measure_standard_deviation,
 )
-from references import choose_references
+from references import References, choose_references
 from stf_diffusers import EDM, VE, VP, ReferenceBatchCollator, ReferenceBatchSampler, STFTrainingObjective
 from stf_diffusers.export import diffusers_pipeline, process_to_config, read_metadata, save_pipeline
 from stf_diffusers.model_card import model_card
 from stop_signal import REQUEUE_EXIT_CODE, StopSignal
-from training_log import TargetShare, TrainingLog
+from training_log import TargetShare, TrainingLog, tracker_may_fail
 
 # As a script this module is "__main__"; its siblings log under its name.
 NAME = "train_unconditional_stf"
@@ -95,6 +95,8 @@ KEPT_FLAGS = (
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
     "use_ema", "ema_inv_gamma", "ema_power", "ema_max_decay",
 )  # fmt: skip
+# A resumed run may change these; it is told that it does.
+NOTICED_FLAGS = ("allow_tf32", "compile", "gradient_checkpointing")
 
 
 def number(kind: type, low: float, *, above: bool = False, high: float = math.inf) -> Any:
@@ -502,9 +504,61 @@ def make_optimizer(
     return optimizer, schedule
 
 
-def tracked_flags(args: argparse.Namespace) -> dict[str, str]:
-    """The flags as trackers keep them: without the token, which opens the user's account."""
-    return {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+def make_average(args: argparse.Namespace, unet: UNet2DModel) -> EMAModel | None:
+    """The exponential moving average of the weights, where one is wanted."""
+    if not args.use_ema:
+        return None
+    return EMAModel(
+        unet.parameters(),
+        decay=args.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=args.ema_inv_gamma,
+        power=args.ema_power,
+    )
+
+
+def describe_run(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    unet: UNet2DModel,
+    images: ImageColumn,
+    references: References,
+    num_classes: int | None,
+    max_steps: int,
+) -> dict[str, dict[str, Any]]:
+    """What a resumed run must share with this one ("run"), and what it should ("settings")."""
+    run = {
+        **{name: getattr(args, name) for name in KEPT_FLAGS},
+        "reference": references.kind,
+        "reference_batch_size": references.n,
+        "share_reference": references.shared,
+        "num_processes": accelerator.num_processes,
+        "num_images": len(images),
+        "data_digest": images.digest(),
+        "num_classes": num_classes,
+        "image_shape": list(images.shape),
+    }
+    settings = {name: getattr(args, name) for name in NOTICED_FLAGS} | {"mixed_precision": accelerator.mixed_precision}
+    settings |= {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    if args.lr_scheduler not in ("constant", "constant_with_warmup"):
+        settings["steps_of_schedule"] = max_steps
+    return {"run": run, "settings": json.loads(json.dumps(settings))}
+
+
+def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Start the trackers; they get the flags, without the token, which opens the user's account.
+
+    Raises:
+        ValueError: one does not start.
+    """
+    flags = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+    try:
+        accelerator.init_trackers("stf_diffusers", config=flags)
+    # Whatever a tracker's client raises where its server or folder cannot be reached.
+    except Exception as error:
+        raise ValueError(
+            f"--report_to: the tracker does not start: {error}. Make its server or folder reachable, or pass --report_to none."
+        ) from error
 
 
 def data_name(args: argparse.Namespace) -> str:
@@ -585,6 +639,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger(NAME).setLevel(logging.INFO)
+    with StopSignal() as stop:
+        train(args, stop)
+
+
+def train(args: argparse.Namespace, stop: StopSignal) -> None:
+    """The run that the flags describe.
+
+    Raises:
+        SystemExit: with `REQUEUE_EXIT_CODE`, stopped by a signal.
+        ValueError: something is wrong that can be known before the first step.
+        FloatingPointError: the loss or the weights are not finite.
+        OSError: something cannot be written.
+    """
     output_dir = Path(args.output_dir)
     accelerator = make_accelerator(args)
     process_index, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -622,33 +689,16 @@ def main(argv: list[str] | None = None) -> None:
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
     if args.compile:
         unet.compile()
-    ema = None
-    if args.use_ema:
-        ema = EMAModel(
-            unet.parameters(),
-            decay=args.ema_max_decay,
-            use_ema_warmup=True,
-            inv_gamma=args.ema_inv_gamma,
-            power=args.ema_power,
-        )
-    run = {
-        **{name: getattr(args, name) for name in KEPT_FLAGS},
-        "process": process_to_config(process),
-        "sampling_range": sampling_range,
-        "reference": references.kind,
-        "reference_batch_size": references.n,
-        "share_reference": references.shared,
-        "num_processes": num_processes,
-        "num_images": len(images),
-        "data_digest": images.digest(),
-        "num_classes": num_classes,
-        "image_shape": list(images.shape),
-    }
+    ema = make_average(args, unet)
+    manifest = describe_run(args, accelerator, unet, images, references, num_classes, max_steps)
+    manifest["run"] |= {"process": process_to_config(process), "sampling_range": sampling_range}
     first_step = 0
     if resume is not None:
-        first_step = read_step(resume, run)
+        first_step = read_step(resume, manifest)
         load_checkpoint(accelerator, resume, unet, ema)
         logger.info("Resumed after step %d from %s.", first_step, resume)
+        if first_step >= max_steps:
+            logger.warning("All %d steps are done: only the pipeline is saved. See --max_train_steps.", max_steps)
     hub = None
     if args.push_to_hub and accelerator.is_main_process:
         hub = HubUpload(args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo)
@@ -656,8 +706,7 @@ def main(argv: list[str] | None = None) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(output_dir)
     accelerator.wait_for_everyone()
-    if accelerator.log_with:
-        accelerator.init_trackers("stf_diffusers", config=tracked_flags(args))
+    start_trackers(args, accelerator)
     if accelerator.is_main_process and args.overwrite_output_dir:  # nothing at the start can fail any more
         clear(output_dir)
     logger.info(
@@ -673,7 +722,7 @@ def main(argv: list[str] | None = None) -> None:
         network.load_state_dict(unet.state_dict())
         if ema is not None:
             ema.copy_to(network.parameters())
-        metadata = {**run, "steps": step, "images_seen": step * images_per_step}
+        metadata = {**manifest["run"], "steps": step, "images_seen": step * images_per_step}
         metadata |= {"dataset": data_name(args), "license": args.model_license}
         return diffusers_pipeline(network, process, metadata=metadata, **sampling_range)
 
@@ -687,7 +736,8 @@ def main(argv: list[str] | None = None) -> None:
             for tracker in accelerator.trackers:
                 if tracker.name in ("tensorboard", "wandb"):
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
+                    with tracker_may_fail():
+                        tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
         return path
 
     def save(step: int) -> None:
@@ -710,13 +760,14 @@ def main(argv: list[str] | None = None) -> None:
                 hub.push(output_dir, f"Pipeline after {step} steps", grid)
         accelerator.wait_for_everyone()
 
-    log, target_share, stop = TrainingLog(accelerator), TargetShare(device), StopSignal()
+    log, target_share = TrainingLog(accelerator), TargetShare(device)
     stream = batches_from(first_step * args.gradient_accumulation_steps, loader, references.sampler)
     noise_generator, flip_generator = torch.Generator(device), torch.Generator(device)
     progress = tqdm(
         initial=first_step, total=max_steps, desc="Training", unit="step", disable=not accelerator.is_local_main_process
     )
     model.train()
+    stop.defer()
     for step in range(first_step + 1, max_steps + 1):
         for micro in range(args.gradient_accumulation_steps):
             started = time.perf_counter()
@@ -754,15 +805,17 @@ def main(argv: list[str] | None = None) -> None:
         if step in (first_step + 1, max_steps) or step % args.logging_steps == 0 or checkpoint_due or stopping:
             report = log.flush() | {"learning_rate": learning_rate, "gradient_norm": float(gradient_norm)}
             progress.set_postfix(loss=f"{report['loss']:.4f}", lr=f"{learning_rate:.2e}")
-            accelerator.log(report, step=step)
+            with tracker_may_fail():
+                accelerator.log(report, step=step)
         if checkpoint_due or stopping:
             check_finite(unet, step)
-            save_checkpoint(accelerator, output_dir, step, unet, ema, run, args.checkpoints_total_limit)
+            save_checkpoint(accelerator, output_dir, step, unet, ema, manifest, args.checkpoints_total_limit)
         if stopping:
             logger.info("Stopped by a signal after step %d; --resume_from_checkpoint latest continues.", step)
             if hub:
                 hub.report(output_dir, patience=20)
-            accelerator.end_training()
+            with tracker_may_fail():
+                accelerator.end_training()
             raise SystemExit(REQUEUE_EXIT_CODE)
         if step < max_steps and hub_due:
             save(step)
@@ -771,10 +824,10 @@ def main(argv: list[str] | None = None) -> None:
     progress.close()
 
     save(max(first_step, max_steps))
-    stop.restore()
     if hub:
         hub.report(output_dir)
-    accelerator.end_training()
+    with tracker_may_fail():
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,16 @@ NOISE_LEVELS = tuple(
 )
 
 
+@contextmanager
+def tracker_may_fail() -> Iterator[None]:
+    """Around what is sent to a tracker: its failure is said, and the training goes on."""
+    try:
+        yield
+    # Trackers share no error of their own, and none is worth a training run.
+    except Exception as error:
+        logger.warning("The tracker failed, and the training goes on without this report: %s", error)
+
+
 class TrainingLog:
     """Means over the micro-batches of all processes since the last `flush`. `add` never waits for the device."""
 

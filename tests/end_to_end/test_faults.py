@@ -55,10 +55,38 @@ def children(pid):
     return [int(line) for line in listed.split()]
 
 
-def test_killed_at_random_moments(tmp_path):
+@pytest.mark.parametrize(("processes", "kills"), [(1, 6), (2, 3)])
+def test_killed_at_random_moments(processes, kills, tmp_path):
     """A sample of what benchmarks/kill_and_resume.py does at length."""
-    counts = kill_and_resume.trial(6, seed=1, folder=tmp_path)
-    assert counts["kills"] >= 6
+    counts = kill_and_resume.trial(kills, seed=1, folder=tmp_path, world=processes)
+    assert counts["kills"] >= kills
+
+
+def test_a_signal_before_the_first_step(flags, tmp_path):
+    """There is nothing to save: the run ends at once, and the scheduler can requeue it."""
+    process = start(flags("--output_dir", tmp_path / "run", "--max_train_steps", 400))
+    usr1 = 1 << signal.SIGUSR1 - 1
+
+    def catches():
+        with open(f"/proc/{process.pid}/status") as status:
+            return any(int(line.split()[1], 16) & usr1 for line in status if line.startswith("SigCgt"))
+
+    wait_for(catches, process)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output[-2000:]
+    assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+def test_a_tracker_that_fails_midway_is_said_and_survived(small_disk, flags, tmp_path, caplog):
+    """Its log folder is full after a moment."""
+    logs = small_disk(16)
+    argv = flags("--max_train_steps", 300, "--logging_steps", 1, "--report_to", "tensorboard", "--logging_dir", logs)
+    script.main([*argv, "--output_dir", str(tmp_path / "run")])
+    assert "The tracker failed, and the training goes on" in caplog.text
+    AcceleratorState._reset_state(True)
+    script.main([*argv, "--output_dir", str(tmp_path / "untracked"), "--report_to", "none"])
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "untracked"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

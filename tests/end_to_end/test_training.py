@@ -147,6 +147,24 @@ def test_resumed_run_ends_like_an_uninterrupted_one(flags, tmp_path):
         assert same(weights(whole, name), weights(interrupted, name))
 
 
+def test_what_may_change_on_resuming_is_said(flags, tmp_path, caplog):
+    argv = flags("--checkpointing_steps", 1, "--lr_scheduler", "linear")
+    script.main(argv)
+    AcceleratorState._reset_state(True)
+    (tmp_path / "net.json").write_text(json.dumps({**TINY, "dropout": 0.3}))
+    caplog.clear()
+    script.main([*argv, "--resume_from_checkpoint", "latest", "--max_train_steps", "3", "--mixed_precision", "bf16"])
+    assert "mixed_precision (no there, bf16 now)" in caplog.text and "dropout (0.1 there, 0.3 now)" in caplog.text
+    assert "steps_of_schedule (2 there, 3 now)" in caplog.text and "does not end like one" in caplog.text
+    AcceleratorState._reset_state(True)
+    caplog.clear()
+    before = weights(tmp_path / "run")
+    again = ["--resume_from_checkpoint", "latest", "--mixed_precision", "bf16", "--lr_scheduler", "linear"]
+    script.main([*flags("--max_train_steps", 2), *again])
+    assert "All 2 steps are done" in caplog.text
+    assert same(before, weights(tmp_path / "run"))
+
+
 def test_rotation_keeps_the_newest(flags, tmp_path):
     script.main(flags("--max_train_steps", 4, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2))
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
