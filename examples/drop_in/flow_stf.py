@@ -1,0 +1,119 @@
+"""Train an SD3Transformer2DModel on captioned images by flow matching, and save it as a StableDiffusion3Pipeline.
+
+The transformer works on pixels, and captions are embedded by `embed_captions`: the pipeline has neither a VAE nor text
+encoders, and wants to be told so.
+
+    missing = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    pipe = DiffusionPipeline.from_pretrained("flow", **dict.fromkeys(missing))
+    prompts, pooled = embed_captions(["a handwritten seven"])
+    no_prompts, no_pooled = embed_captions([""])
+    pixels = pipe(
+        prompt_embeds=prompts,
+        pooled_prompt_embeds=pooled,
+        negative_prompt_embeds=no_prompts,
+        negative_pooled_prompt_embeds=no_pooled,
+        output_type="latent",
+    ).images  # in [-1, 1]
+
+Without flags it trains on scikit-learn's digits; `accelerate launch` runs it on several devices.
+"""
+
+import argparse
+from collections.abc import Sequence
+from itertools import chain, islice, repeat
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+from drop_in_data import column, embed_captions, load_split, read_pixels
+from stf_diffusers import ReferenceBank, STFTrainingObjective
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a flow-matching model of captioned images.")
+    parser.add_argument("--dataset_name", help="A data set on the Hub, or a folder that Datasets can load.")
+    parser.add_argument("--train_data_dir", help="A folder of images, with their captions in a metadata.jsonl.")
+    parser.add_argument("--caption_column", default="text")
+    parser.add_argument("--resolution", type=int, default=16)
+    parser.add_argument("--output_dir", default="flow")
+    parser.add_argument("--caption_dropout", type=float, default=0.1)
+    parser.add_argument("--shift", type=float, default=3.0, help="Of the noise schedule.")
+    parser.add_argument("--weighting_scheme", choices=("logit_normal", "sigma_sqrt", "cosmap"), default="logit_normal")
+    parser.add_argument("--train_batch_size", type=int, default=64)
+    parser.add_argument("--max_train_steps", type=int, default=1000)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    set_seed(args.seed, device_specific=True)
+
+    split = load_split(args.dataset_name, args.train_data_dir)
+    pixels, captions = read_pixels(split, args.resolution), column(split, args.caption_column)
+    # Equal captions have equal numbers; the empty caption stands last, where -1 finds it.
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    caption_ids = torch.tensor([numbers[caption] for caption in captions])
+    embeddings, pooled = (table.to(accelerator.device) for table in embed_captions([*numbers, ""]))
+    loader = DataLoader(TensorDataset(pixels, caption_ids), batch_size=args.train_batch_size, shuffle=True)
+
+    noise_scheduler = FlowMatchEulerDiscreteScheduler(shift=args.shift)
+    objective = STFTrainingObjective.from_scheduler(noise_scheduler)
+    bank = ReferenceBank(pixels, caption_ids)
+    model = SD3Transformer2DModel(
+        sample_size=args.resolution,
+        in_channels=pixels.shape[1],
+        out_channels=pixels.shape[1],
+        num_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        caption_projection_dim=64,
+        joint_attention_dim=embeddings.shape[-1],
+        pooled_projection_dim=pooled.shape[-1],
+        pos_embed_max_size=args.resolution // 2,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+    batches = islice(chain.from_iterable(repeat(loader)), args.max_train_steps)
+    progress = tqdm(batches, total=args.max_train_steps, disable=not accelerator.is_local_main_process)
+    for images, ids in progress:
+        clean = images / 127.5 - 1
+        noise = torch.randn_like(clean)
+        u = compute_density_for_timestep_sampling(args.weighting_scheme, len(clean), logit_mean=0.0, logit_std=1.0)
+        steps = (u * noise_scheduler.config.num_train_timesteps).long()
+        timesteps = noise_scheduler.timesteps[steps].to(clean.device)
+        sigmas = noise_scheduler.sigmas[steps].to(clean.device).view(-1, 1, 1, 1)
+        noisy = (1 - sigmas) * clean + sigmas * noise
+        condition = ids.masked_fill(torch.rand(len(ids), device=ids.device) < args.caption_dropout, -1)
+
+        target = objective.target(clean, noise, timesteps, reference=bank, labels=condition)
+
+        output = model(noisy, embeddings[condition], pooled[condition], timesteps).sample
+        weights = compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas)
+        loss = (weights * F.mse_loss(output.float(), target.float(), reduction="none")).mean()
+
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.4f}")
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        # Neither a VAE nor text encoders and tokenizers.
+        pipeline = StableDiffusion3Pipeline(accelerator.unwrap_model(model), noise_scheduler, *[None] * 7)
+        pipeline.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
