@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from post_hoc_ema import PostHocAverages
+
 logger = get_logger("train_unconditional_stf")
 
 PREFIX = "checkpoint-"
@@ -72,6 +74,7 @@ def save_checkpoint(
     step: int,
     unet: nn.Module,
     ema: EMAModel | None,
+    post_hoc: PostHocAverages | None,
     manifest: dict[str, Any],
     limit: int | None,
 ) -> None:
@@ -93,6 +96,8 @@ def save_checkpoint(
                 averages = scalars.pop("shadow_params")
                 named = {name: average for (name, _), average in zip(unet.named_parameters(), averages, strict=True)}
                 save_file(named, staging / AVERAGE, metadata={"state": json.dumps(scalars)})
+            if post_hoc is not None:
+                post_hoc.save(staging, output_dir, step)
             (staging / MANIFEST).write_text(json.dumps({"step": step, **manifest}, indent=2))
             for path in staging.iterdir():
                 sync(path)
@@ -184,8 +189,14 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, unet: nn.Module, ema: EMAModel | None) -> None:
-    """Load what `save_checkpoint` saved into the prepared objects and `ema`. Torch files are read with weights_only.
+def load_checkpoint(
+    accelerator: Accelerator,
+    checkpoint: Path,
+    unet: nn.Module,
+    ema: EMAModel | None,
+    post_hoc: PostHocAverages | None,
+) -> None:
+    """Load what `save_checkpoint` saved into the prepared objects and the averages. Torch files are read with weights_only.
 
     Raises:
         ValueError: something is missing, damaged, or does not fit.
@@ -197,6 +208,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, unet: nn.Module,
                 averages = [file.get_tensor(name) for name, _ in unet.named_parameters()]
                 ema.load_state_dict({**json.loads(file.metadata()["state"]), "shadow_params": averages})
             ema.to(accelerator.device)
+        if post_hoc is not None:
+            post_hoc.load(checkpoint)
     except Exception as error:
         raise ValueError(
             f"{checkpoint} cannot be loaded: it is damaged, or of another network ({error}). Pass the run's own "

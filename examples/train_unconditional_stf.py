@@ -68,6 +68,7 @@ from image_data import (
     make_reader,
     measure_standard_deviation,
 )
+from post_hoc_ema import SNAPSHOTS, PostHocAverages
 from references import References, choose_references
 from stf_diffusers import EDM, VE, VP, ReferenceBatchCollator, ReferenceBatchSampler, STFTrainingObjective
 from stf_diffusers.export import diffusers_pipeline, process_to_config, read_metadata, save_pipeline
@@ -93,7 +94,7 @@ KEPT_FLAGS = (
     "objective", "train_batch_size", "gradient_accumulation_steps", "seed", "random_flip", "center_crop",
     "learning_rate", "max_grad_norm", "scale_lr", "lr_scheduler", "lr_warmup_steps",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
-    "use_ema", "ema_inv_gamma", "ema_power", "ema_max_decay",
+    "use_ema", "ema_inv_gamma", "ema_power", "ema_max_decay", "post_hoc_ema",
 )  # fmt: skip
 # A resumed run may change these; it is told that it does.
 NOTICED_FLAGS = ("allow_tf32", "compile", "gradient_checkpointing")
@@ -254,6 +255,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     training.add_argument("--ema_power", type=positive, default=3 / 4)
     training.add_argument("--ema_max_decay", type=share, default=0.9999)
+    training.add_argument(
+        "--post_hoc_ema",
+        action="store_true",
+        help="Keep averages with each checkpoint from which reconstruct_ema.py makes one of any width afterwards.",
+    )
     training.add_argument("--checkpointing_steps", type=count, default=500, help="Save the training state this often.")
     training.add_argument("--checkpoints_total_limit", type=count, help="Keep only the newest.")
     training.add_argument("--resume_from_checkpoint", help='"latest", or a checkpoint folder.')
@@ -587,7 +593,8 @@ def clear(output_dir: Path) -> None:
     (output_dir / "model_index.json").unlink(missing_ok=True)
     for path in complete_checkpoints(output_dir):
         discard(path)
-    shutil.rmtree(output_dir / "samples", ignore_errors=True)
+    for name in ("samples", SNAPSHOTS):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
 
 
 def check_finite(unet: UNet2DModel, step: int) -> None:
@@ -689,13 +696,13 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
     model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
     if args.compile:
         unet.compile()
-    ema = make_average(args, unet)
+    ema, post_hoc = make_average(args, unet), PostHocAverages(unet) if args.post_hoc_ema else None
     manifest = describe_run(args, accelerator, unet, images, references, num_classes, max_steps)
     manifest["run"] |= {"process": process_to_config(process), "sampling_range": sampling_range}
     first_step = 0
     if resume is not None:
         first_step = read_step(resume, manifest)
-        load_checkpoint(accelerator, resume, unet, ema)
+        load_checkpoint(accelerator, resume, unet, ema, post_hoc)
         logger.info("Resumed after step %d from %s.", first_step, resume)
         if first_step >= max_steps:
             logger.warning("All %d steps are done: only the pipeline is saved. See --max_train_steps.", max_steps)
@@ -796,6 +803,8 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
             lr_scheduler.step()
             if ema is not None:
                 ema.step(unet.parameters())
+            if post_hoc is not None:
+                post_hoc.step()
         progress.update()
         target_share.step_done()
         # The last one, and one with each upload, so that a killed run never has a pipeline and nothing to go on from.
@@ -809,7 +818,7 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
                 accelerator.log(report, step=step)
         if checkpoint_due or stopping:
             check_finite(unet, step)
-            save_checkpoint(accelerator, output_dir, step, unet, ema, manifest, args.checkpoints_total_limit)
+            save_checkpoint(accelerator, output_dir, step, unet, ema, post_hoc, manifest, args.checkpoints_total_limit)
         if stopping:
             logger.info("Stopped by a signal after step %d; --resume_from_checkpoint latest continues.", step)
             if hub:

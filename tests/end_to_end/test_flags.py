@@ -64,6 +64,7 @@ CASES = {
     "ema_inv_gamma": ("", "--ema_inv_gamma 10", "average"),
     "ema_power": ("", "--ema_power 0.1", "average"),
     "ema_max_decay": ("", "--ema_max_decay 0.01", "average"),
+    "post_hoc_ema": ("", "--post_hoc_ema", "files"),
     "checkpointing_steps": ("", "--checkpointing_steps 2", "files"),
     "checkpoints_total_limit": ("--checkpointing_steps 1", "--checkpoints_total_limit 1", "files"),
     "report_to": ("", "--report_to tensorboard", "files"),

@@ -10,10 +10,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors import safe_open
+from safetensors.torch import load_file
+from scipy.optimize import brentq
 from test_training import TINY, launch, same, weights
 
+import reconstruct_ema
 import train_unconditional_stf as script
 from conftest import EXAMPLES, ROOT
 from oracles import images, normal
@@ -208,3 +211,48 @@ if __name__ == "__main__":
     if accelerator.is_main_process:
         torch.save(result, sys.argv[1])
     accelerator.end_training()
+
+
+def test_post_hoc_averages(flags, tmp_path):
+    """Reconstructed at a kept width: that average. At another: the average kept with it, followed step by step here."""
+    pytest.importorskip("ema_pytorch")
+    steps = 40
+    argv = flags(
+        "--post_hoc_ema", "--checkpointing_steps", 1, "--max_train_steps", steps, "--report_to", "none",
+        "--learning_rate", 3e-3, "--lr_scheduler", "constant", "--checkpoints_total_limit", 2, "--no-use_ema",
+    )  # fmt: skip
+    # With --no-use_ema the checkpoint's network is the raw one; each is read before it is rotated away.
+    run, raw = tmp_path / "run", []
+    script.main([*argv, "--max_train_steps", str(steps // 2)])
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    script.main([*argv, "--resume_from_checkpoint", "latest"])
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    script.main([*argv, "--checkpoints_total_limit", str(steps), "--output_dir", str(tmp_path / "whole")])
+    snapshots = sorted((run / "post_hoc_ema").iterdir())
+    assert len(snapshots) == steps, "one of each checkpoint, rotated away or not"
+    for here, there in zip(snapshots, sorted((tmp_path / "whole" / "post_hoc_ema").iterdir()), strict=True):
+        assert here.read_bytes() == there.read_bytes(), "a resumed run's averages are those of one that was not stopped"
+    for step in range(1, steps + 1):
+        raw.append(load_file(tmp_path / "whole" / f"checkpoint-{step}" / "model.safetensors"))
+    for sigma_rel in (0.05, 0.10, 0.15):
+        reconstruct_ema.main(
+            [f"--model={run}", f"--sigma_rel={sigma_rel}", f"--output_dir={tmp_path / str(sigma_rel)}"]
+        )
+        found = weights(tmp_path / str(sigma_rel))
+        # Equation 127: the width of an average with the weights t^gamma.
+        gamma = brentq(lambda g, width=sigma_rel: (g + 1) ** 0.5 / ((g + 2) * (g + 3) ** 0.5) - width, 0, 1e3)
+        # The average of the first step stands for the initial weights too, so time is one step ahead.
+        expected = {name: value.double() for name, value in raw[0].items()}
+        for t, now in enumerate(raw[1:], start=3):
+            decay = (1 - 1 / t) ** (gamma + 1)
+            expected = {name: decay * value + (1 - decay) * now[name].double() for name, value in expected.items()}
+        spread = max((raw[-1][name] - raw[0][name]).abs().max().item() for name in found)
+        error = max((found[name] - expected[name]).abs().max().item() for name in found)
+        assert error < (1e-5 if sigma_rel in (0.05, 0.10) else 0.02) * spread, sigma_rel
+        assert DiffusionPipeline.from_pretrained(tmp_path / str(sigma_rel)).unet.config.in_channels == 3
+    with pytest.raises(ValueError, match=r"below 0\.288"):
+        reconstruct_ema.main([f"--model={run}", "--sigma_rel=0.5", f"--output_dir={tmp_path / 'wide'}"])
+    with pytest.raises(ValueError, match="Train with --post_hoc_ema"):
+        reconstruct_ema.main([f"--model={tmp_path / 'none'}", "--sigma_rel=0.1", f"--output_dir={tmp_path / 'wide'}"])

@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""Save a trained pipeline with another average of its weights, of a width chosen after the training.
+
+    accelerate launch examples/train_unconditional_stf.py --post_hoc_ema --checkpointing_steps 1000 --output_dir digits-stf
+    python examples/reconstruct_ema.py --model digits-stf --sigma_rel 0.15 --output_dir digits-stf-0.15
+
+The width sigma_rel is the average's standard deviation in time, relative to the length of the training (Karras et al.
+2024, arXiv 2312.02696). Each checkpoint left a snapshot; more of them make the reconstruction closer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from post_hoc_ema import SNAPSHOTS, reconstruct
+from stf_diffusers.export import save_pipeline
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="The output_dir of a training with --post_hoc_ema.")
+    parser.add_argument("--sigma_rel", type=float, required=True, help="Relative width, above 0 and below 0.288.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Where the pipeline is saved.")
+    args = parser.parse_args(argv)
+    if args.output_dir.resolve() == args.model.resolve():
+        raise ValueError("--output_dir is the trained model's own folder. Choose another.")
+    weights = reconstruct(sorted((args.model / SNAPSHOTS).glob("step-*.safetensors")), args.sigma_rel)
+    pipeline = DiffusionPipeline.from_pretrained(args.model, use_safetensors=True)
+    pipeline.unet.load_state_dict(weights)
+    save_pipeline(pipeline, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
