@@ -8,7 +8,8 @@ Trains a small network in processes of their own, kills each with SIGKILL at a r
 checkpoints, rotation, the final save), and starts it again with `--resume_from_checkpoint latest` until it has ended; then
 the next chain begins, until there were that many kills. After each kill every checkpoint that counts as complete is
 compared with the same step's of a run that was not killed, and at the end of each chain the saved pipeline: bit by bit.
-Of several processes (gloo) one is killed, and the others have to end by themselves.
+Of several processes (gloo) one is killed, and the others have to end by themselves; while they start and wait for each
+other they are killed too, as launchers do.
 """
 
 from __future__ import annotations
@@ -87,13 +88,16 @@ class Run:
         for process in self.processes:
             process.join(None if end is None else max(0.0, end - time.monotonic()))
 
-    def kill_one(self, number: int) -> bool:
-        """Kill a process; whether it was still alive.
+    def kill_one(self, number: int, started: bool) -> bool:
+        """Kill a process, and before they have `started` the others too; whether it was still alive.
 
         Raises:
             AssertionError: the others are still alive two minutes later.
         """
         self.processes[number].kill()
+        for process in self.processes:
+            if not started:
+                process.kill()
         self.join(120)
         if not self.ended():
             raise AssertionError("a process hangs after another was killed")
@@ -169,7 +173,7 @@ def trial(kills: int, seed: int, folder: Path, world: int = 1) -> dict[str, int]
                 while not run.ended() and b"references, " not in log.read_bytes()[said:]:
                     time.sleep(0.002)
                 run.join(draw.uniform(0, 0.5 * world))
-            if run.kill_one(draw.randrange(world)):
+            if run.kill_one(draw.randrange(world), started=b"references, " in log.read_bytes()[said:]):
                 counts["kills"] += 1
             elif not run.succeeded():
                 raise RuntimeError(log.read_text()[-3000:])

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from stf_diffusers import STFPipeline
-from stf_diffusers.export import METADATA_KEY
+from stf_diffusers.export import METADATA_KEY, network_of, sampling_labels
 
 SETTINGS = "settings.json"
 
@@ -61,8 +61,9 @@ def image_path(folder: Path, index: int, suffix: str = ".png") -> Path:
 def fingerprint(pipeline: STFPipeline) -> str:
     """A digest of the weights and the scheduler: what a model is, wherever it lies."""
     digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
-    for name, value in sorted(pipeline.unet.state_dict().items()):
-        digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for part in (network_of(pipeline), pipeline.autoencoder):
+        for name, value in sorted({} if part is None else part.state_dict().items()):
+            digest.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -109,14 +110,14 @@ def main(argv: list[str] | None = None) -> None:
     state = PartialState()
     pipeline = STFPipeline.from_pretrained(args.model).to(state.device)
     pipeline.set_progress_bar_config(disable=True)
-    null_label = pipeline.scheduler.config.get(METADATA_KEY, {}).get("null_label")
-    classes = [label for label in range(pipeline.unet.config["num_class_embeds"] or 0) if label != null_label]
+    metadata = pipeline.scheduler.config.get(METADATA_KEY) or {}
+    null_label, classes = metadata.get("null_label"), sampling_labels(network_of(pipeline), metadata)
     if args.class_label is not None and args.class_label not in classes:
         raise ValueError(f"--class_label {args.class_label}: the model knows {len(classes) or 'no'} classes.")
     if args.guidance_scale != 1 and null_label is None:
         raise ValueError("--guidance_scale needs a model that was trained with a dropped condition; this one was not.")
     settings = check_folder(args, fingerprint(pipeline))
-    suffix = ".png" if pipeline.unet.config["in_channels"] in (1, 3, 4) else ".npy"
+    suffix = ".png" if pipeline.channels in (1, 3, 4) else ".npy"
     missing = [index for index in range(args.num_images) if not image_path(args.output_dir, index, suffix).exists()]
     state.wait_for_everyone()  # every process has looked before one writes
     if state.is_main_process:

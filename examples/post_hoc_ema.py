@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from stf_diffusers.export import Network
 
 # Widths of the two averages that are kept, as in the paper.
 SIGMA_RELS = (0.05, 0.10)
@@ -22,13 +23,13 @@ class PostHocAverages:
     """Two power-function averages of a network's weights, in float32, of which snapshots are kept.
 
     Args:
-        unet: the network; what is averaged is copied from it at each `step`.
+        network: the network; what is averaged is copied from it at each `step`.
 
     Raises:
         ValueError: the package ema-pytorch is not installed.
     """
 
-    def __init__(self, unet: UNet2DModel) -> None:
+    def __init__(self, network: Network) -> None:
         try:
             from ema_pytorch.post_hoc_ema import KarrasEMA
         except ImportError as error:
@@ -37,9 +38,9 @@ class PostHocAverages:
             ) from error
         self._averages = [
             KarrasEMA(
-                unet,
+                network,
                 sigma_rel=sigma_rel,
-                ema_model=UNet2DModel.from_config(unet.config).to(unet.device),
+                ema_model=type(network).from_config(network.config).to(network.device),
                 update_every=1,
             )
             for sigma_rel in SIGMA_RELS

@@ -16,7 +16,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from post_hoc_ema import SNAPSHOTS, reconstruct
-from stf_diffusers.export import save_pipeline
+from stf_diffusers.export import network_of, save_pipeline
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--output_dir is the trained model's own folder. Choose another.")
     weights = reconstruct(sorted((args.model / SNAPSHOTS).glob("step-*.safetensors")), args.sigma_rel)
     pipeline = DiffusionPipeline.from_pretrained(args.model, use_safetensors=True)
-    pipeline.unet.load_state_dict(weights)
+    network_of(pipeline).load_state_dict(weights)
     save_pipeline(pipeline, args.output_dir)
 
 

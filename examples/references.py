@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from image_data import ImageColumn
+from latents import LatentColumn
 from stf_diffusers import ReferenceBank, ReferenceBatchSampler, SharedReferences
 from stf_diffusers.reference_bank import Augmentation
 
@@ -35,9 +36,10 @@ class References:
     shared: bool
     place: str = ""
 
-    def of(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """The arguments of `STFTrainingObjective.perturb` for a collated batch, flipped where images are."""
-        labels = batch.get("labels")
+    def of(self, batch: dict[str, Tensor], labels: Tensor | None) -> dict[str, Any]:
+        """The arguments of `STFTrainingObjective.perturb` for a collated batch, flipped where images are, and the classes
+        (B,) of its sources, -1 where they are dropped.
+        """
         if self.kind == "none":
             return {"reference": None}
         if self.bank is not None:
@@ -51,6 +53,7 @@ class References:
             "reference": batch["reference_images"],
             "labels": labels,
             "reference_labels": batch.get("reference_labels"),
+            "num_unconditional": None if labels is None else self.sampler.num_unconditional,
         }
 
     def __str__(self) -> str:
@@ -64,7 +67,9 @@ class References:
         return f"n = {self.n:,} references, {where}{size}"
 
 
-def choose_references(args: argparse.Namespace, images: ImageColumn, accelerator: Accelerator) -> References:
+def choose_references(
+    args: argparse.Namespace, images: ImageColumn | LatentColumn, accelerator: Accelerator
+) -> References:
     """The references that the flags ask for; by default a bank where one fits, else batches of up to 4,096.
 
     Raises:
@@ -89,16 +94,19 @@ def choose_references(args: argparse.Namespace, images: ImageColumn, accelerator
         place = {"disk": "in a file", "cpu": "in memory", "cuda": "of GPU memory"}[place]
         return References(kind, bank.num_references if bank else 1, sampler, bank, shared, place)
     n = args.reference_batch_size or max(size * parts, min(4096, total))
-    sampler = ReferenceBatchSampler(total, size, n, args.seed, world, rank, share_references=shared)
+    labels = None if shared else images.labels
+    sampler = ReferenceBatchSampler(total, size, n, args.seed, world, rank, share_references=shared, labels=labels)
     return References(kind, n, sampler, None, shared)
 
 
-def make_bank(args: argparse.Namespace, images: ImageColumn, accelerator: Accelerator, shared: bool) -> ReferenceBank:
+def make_bank(
+    args: argparse.Namespace, images: ImageColumn | LatentColumn, accelerator: Accelerator, shared: bool
+) -> ReferenceBank:
     """All images, where `--reference_device` says; with `shared` this process's part of them."""
     shard = (accelerator.process_index, accelerator.num_processes) if shared else None
-    augmentation: Augmentation = "horizontal_flip" if args.random_flip else "none"
+    augmentation: Augmentation = "horizontal_flip" if args.random_flip and not args.vae else "none"
     place = args.reference_device or accelerator.device.type
-    if place == "disk":
+    if place == "disk" and isinstance(images, ImageColumn):
         if images.crops_at_random:
             raise ValueError(
                 "--reference bank: the images are not square and cropped at random, so that no set contains the sources. "
@@ -119,6 +127,11 @@ def make_bank(args: argparse.Namespace, images: ImageColumn, accelerator: Accele
                 process_shard=shard,
                 quiet=not accelerator.is_main_process,
             )
+    if images.images is None and args.vae:
+        raise ValueError(
+            "--reference bank: latents are drawn, or mirrored, anew each time. Use --reference batch, or --latents mean "
+            "without --random_flip."
+        )
     if images.images is None:
         raise ValueError(
             "--reference bank: the images do not fit into --image_memory_gb, or are cropped at random. Raise it, pass "

@@ -35,11 +35,13 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -57,10 +59,10 @@ from checkpoints import (
     said_where_it_fails,
     save_checkpoint,
 )
+from conditioning import Conditioning, reoriented
 from hub_upload import HubUpload
 from image_data import (
     ImageColumn,
-    ImageReader,
     decode_all,
     find_column,
     flip_at_random,
@@ -68,10 +70,21 @@ from image_data import (
     make_reader,
     measure_standard_deviation,
 )
+from latents import LatentColumn, LatentScale, choose_scale, encode_all, fold_normalization, load_autoencoder
 from post_hoc_ema import SNAPSHOTS, PostHocAverages
 from references import References, choose_references
-from stf_diffusers import EDM, VE, VP, ReferenceBatchCollator, ReferenceBatchSampler, STFTrainingObjective
-from stf_diffusers.export import diffusers_pipeline, process_to_config, read_metadata, save_pipeline
+from stf_diffusers import EDM, VE, VP, FlowMatching, ReferenceBatchCollator, ReferenceBatchSampler, STFTrainingObjective
+from stf_diffusers.export import (
+    DIT_NULL_LABEL,
+    METADATA_KEY,
+    Network,
+    diffusers_pipeline,
+    network_of,
+    process_to_config,
+    read_metadata,
+    sampling_labels,
+    save_pipeline,
+)
 from stf_diffusers.model_card import model_card
 from stop_signal import REQUEUE_EXIT_CODE, StopSignal
 from training_log import TargetShare, TrainingLog, tracker_may_fail
@@ -85,6 +98,7 @@ PROCESS_PARAMETERS = {
     "edm": ("sigma_data", "p_mean", "p_std"),
     "ve": ("sigma_min", "sigma_max"),
     "vp": ("beta_d", "beta_min", "epsilon_t"),
+    "flow": ("time_distribution", "logit_mean", "logit_std"),
 }
 
 
@@ -94,7 +108,7 @@ KEPT_FLAGS = (
     "objective", "train_batch_size", "gradient_accumulation_steps", "seed", "random_flip", "center_crop",
     "learning_rate", "max_grad_norm", "scale_lr", "lr_scheduler", "lr_warmup_steps",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon",
-    "use_ema", "ema_inv_gamma", "ema_power", "ema_max_decay", "post_hoc_ema",
+    "class_dropout", "reorient", "latents", "use_ema", "ema_inv_gamma", "ema_power", "ema_max_decay", "post_hoc_ema",
 )  # fmt: skip
 # A resumed run may change these; it is told that it does.
 NOTICED_FLAGS = ("allow_tf32", "compile", "gradient_checkpointing")
@@ -204,11 +218,46 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--epsilon_t", type=number(float, 0, above=True, high=0.5), help="VP: smallest training time. Default: 1e-5."
     )
 
+    method.add_argument(
+        "--time_distribution", choices=["uniform", "logit_normal"], help="Flow: of training times. Default: uniform."
+    )
+    method.add_argument(
+        "--logit_mean", type=number(float, -20, high=20), help="Flow, logit-normal times: mean of logit(t). Default: 0."
+    )
+    method.add_argument(
+        "--logit_std",
+        type=number(float, 0, above=True, high=10),
+        help="Flow, logit-normal times: standard deviation of logit(t). Default: 1.",
+    )
+    method.add_argument(
+        "--reorient",
+        type=share,
+        default=0.0,
+        help="Share of images shown to the network turned or mirrored, and labelled so; samples are upright.",
+    )
+
     network = parser.add_argument_group("network")
-    network.add_argument("--model_config", help="A UNet2DModel config file, such as those in examples/configs.")
-    network.add_argument("--pretrained_model_name_or_path", help="A saved pipeline whose `unet` is trained further.")
+    network.add_argument(
+        "--model_config", help="A UNet2DModel or DiTTransformer2DModel config file, as in examples/configs."
+    )
+    network.add_argument("--pretrained_model_name_or_path", help="A saved pipeline whose network is trained further.")
     network.add_argument(
         "--class_conditional", action="store_true", help="Condition on labels; references of the same class."
+    )
+    network.add_argument(
+        "--class_dropout",
+        type=number(float, 0, high=0.99),
+        default=0.0,
+        help="Probability of training an image without its class, for guidance; its references are then all images.",
+    )
+    network.add_argument(
+        "--vae", help="Train on the latents of this autoencoder of Diffusers: a folder, or on the Hub."
+    )
+    network.add_argument(
+        "--latents",
+        choices=["sample", "mean"],
+        default="sample",
+        help="Draw latents anew from the encoder's posterior each time, or use its means.",
     )
     network.add_argument("--gradient_checkpointing", action="store_true", help="Trade time for memory in the network.")
     network.add_argument("--compile", action="store_true", help="torch.compile the network.")
@@ -291,6 +340,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--dataset_name and --train_data_dir exclude each other.")
     if args.model_config and args.pretrained_model_name_or_path:
         parser.error("--model_config and --pretrained_model_name_or_path exclude each other.")
+    if args.class_dropout and not args.class_conditional:
+        parser.error("--class_dropout needs --class_conditional.")
+    if args.latents == "mean" and not args.vae:
+        parser.error("--latents needs --vae.")
+    if args.vae and args.reorient:
+        parser.error("--reorient turns images, and turned latents are no latents of turned images. Leave one out.")
+    if args.vae and args.reference_device == "disk":
+        parser.error("--reference_device disk keeps images, not latents. Leave it out.")
     if args.objective == "dsm" and args.reference_batch_size is not None:
         parser.error("--reference_batch_size has no effect with --objective dsm; leave it out.")
     if args.objective == "dsm" and (args.reference or args.reference_device or args.share_reference):
@@ -321,7 +378,9 @@ def available_trackers() -> list[str]:
     return [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
 
 
-def choose_process(args: argparse.Namespace, images: ImageColumn) -> tuple[EDM | VE | VP, dict[str, Any]]:
+def choose_process(
+    args: argparse.Namespace, images: ImageColumn | LatentColumn
+) -> tuple[EDM | VE | VP | FlowMatching, dict[str, Any]]:
     """The noise process, and the sampling range where the flags set one. A fine-tuned pipeline's own is the default.
 
     Raises:
@@ -345,10 +404,17 @@ def choose_process(args: argparse.Namespace, images: ImageColumn) -> tuple[EDM |
     foreign = sorted(given.keys() - PROCESS_PARAMETERS[name])
     if foreign:
         raise ValueError(f"--{foreign[0]} is no parameter of --noise_process {name}; leave it out.")
-    measured = measure_standard_deviation(images) if name == "edm" else 0.0
+    # Latents are normalised.
+    measured = 1.0 if isinstance(images, LatentColumn) else measure_standard_deviation(images) if name == "edm" else 0.0
+    if isinstance(images, LatentColumn) and name == "edm" and "sigma_data" not in saved_process:
+        given.setdefault("sigma_data", "auto")
     if given.get("sigma_data") == "auto":
         given["sigma_data"] = round(measured, 4)
-    process = {"edm": EDM, "ve": VE, "vp": VP}[name](**{**saved_process, **given})
+    if name == "flow" and given.get("time_distribution", saved_process.get("time_distribution")) != "logit_normal":
+        for flag in ("logit_mean", "logit_std"):
+            if flag in given:
+                raise ValueError(f"--{flag} needs --time_distribution logit_normal.")
+    process = {"edm": EDM, "ve": VE, "vp": VP, "flow": FlowMatching}[name](**{**saved_process, **given})
     if isinstance(process, EDM) and abs(measured / process.sigma_data - 1) > 0.2:
         logger.warning(
             "The standard deviation of the data is %.3f, more than 20 %% from sigma_data = %g: --sigma_data auto uses "
@@ -357,54 +423,110 @@ def choose_process(args: argparse.Namespace, images: ImageColumn) -> tuple[EDM |
     return process, ranges
 
 
-def build_unet(args: argparse.Namespace, reader: ImageReader, num_classes: int | None) -> UNet2DModel:
+def build_network(
+    args: argparse.Namespace, shape: tuple[int, int, int], num_classes: int | None
+) -> tuple[Network, Conditioning]:
     """The network: pretrained, from a config file, or by the images' size from the presets beside this script.
 
     Raises:
-        ValueError: it does not fit the images or the classes.
+        ValueError: it does not fit images or latents of `shape` (C, R, R), or the classes.
     """
-    if args.pretrained_model_name_or_path:
-        unet = UNet2DModel.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="unet", cache_dir=args.cache_dir, use_safetensors=True
+    channels, resolution, _ = shape
+    pretrained, where = args.pretrained_model_name_or_path, {"cache_dir": args.cache_dir}
+    if pretrained:
+        transformer = "transformer" in DiffusionPipeline.load_config(pretrained, **where)
+        kind = DiTTransformer2DModel if transformer else UNet2DModel
+        network = kind.from_pretrained(
+            pretrained, subfolder="transformer" if transformer else "unet", use_safetensors=True, **where
         )
+        conditioning = Conditioning(num_classes, args.class_dropout, args.reorient, transformer)
     else:
-        preset = "digits_12" if reader.resolution <= 16 else "cifar10_32" if reader.resolution <= 32 else "celeba_64"
+        preset = "digits_12" if resolution <= 16 else "cifar10_32" if resolution <= 32 else "celeba_64"
         path = Path(args.model_config or Path(__file__).parent / "configs" / f"{preset}.json")
         try:
             config = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"--model_config {path} is not a readable JSON file: {error}") from error
-        if not isinstance(config, dict) or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-            raise ValueError(f"--model_config {path} must be the config of a UNet2DModel, as in examples/configs.")
-        shape = {"sample_size": reader.resolution, "in_channels": reader.channels, "out_channels": reader.channels}
-        unet = UNet2DModel.from_config({**config, **shape, "num_class_embeds": num_classes})
-    if not all(bool(parameter.isfinite().all()) for parameter in unet.parameters()):
+        kinds = {"UNet2DModel": UNet2DModel, "DiTTransformer2DModel": DiTTransformer2DModel}
+        name = config.get("_class_name", "UNet2DModel") if isinstance(config, dict) else None
+        if name not in kinds:
+            raise ValueError(
+                f"--model_config {path} must be the config of a {' or a '.join(kinds)}, as in examples/configs."
+            )
+        transformer = kinds[name] is DiTTransformer2DModel
+        conditioning = Conditioning(num_classes, args.class_dropout, args.reorient, transformer)
+        table = "num_embeds_ada_norm" if transformer else "num_class_embeds"
+        fitted = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
+        network = kinds[name].from_config({**config, **fitted, table: conditioning.embeddings})
+    if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
+        raise ValueError(f"{pretrained}: the weights are not finite. Choose another checkpoint.")
+    config = network.config
+    if (config["in_channels"], config["out_channels"]) != (channels, channels):
         raise ValueError(
-            f"{args.pretrained_model_name_or_path}: the weights are not finite. Choose another checkpoint."
-        )
-    config = unet.config
-    if (config["in_channels"], config["out_channels"]) != (reader.channels, reader.channels):
-        raise ValueError(
-            f"the pretrained network has {config['in_channels']} channels and the images have {reader.channels}. "
+            f"the pretrained network has {config['in_channels']} channels and the images have {channels}. "
             "Choose with --image_mode."
         )
-    unet.register_to_config(sample_size=reader.resolution)
-    if config["num_class_embeds"] != num_classes:
-        raise ValueError(
-            f"the pretrained network knows {config['num_class_embeds']} classes and this run has {num_classes}. "
-            "Pass or leave out --class_conditional accordingly."
-        )
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
-    if reader.resolution % factor:
-        raise ValueError(f"--resolution {reader.resolution} must be a multiple of {factor} for this network.")
-    if config["time_embedding_type"] != "positional":
-        raise ValueError(
-            f"time_embedding_type {config['time_embedding_type']!r} takes the logarithm of timesteps that are negative "
-            "or 0 here; use 'positional'."
-        )
+    if transformer:
+        if resolution != config["sample_size"] or resolution % config["patch_size"]:
+            raise ValueError(
+                f"latents of {resolution}x{resolution} do not fit this DiTTransformer2DModel: sample_size "
+                f"{config['sample_size']}, patch_size {config['patch_size']}. See --resolution."
+            )
+        if config["num_embeds_ada_norm"] != DIT_NULL_LABEL:
+            raise ValueError(f"the network's num_embeds_ada_norm must be {DIT_NULL_LABEL}, as DiTPipeline assumes.")
+        for module in network.modules():
+            if isinstance(module, LabelEmbedding):
+                # It would drop classes by itself, unseen by the targets, in each block anew.
+                module.dropout_prob = 0.0
+    else:
+        network.register_to_config(sample_size=resolution)
+        if config["num_class_embeds"] != conditioning.embeddings:
+            raise ValueError(
+                f"the pretrained network knows {config['num_class_embeds']} classes and this run has "
+                f"{conditioning.embeddings}. Pass or leave out --class_conditional, --class_dropout and --reorient accordingly."
+            )
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        if resolution % factor:
+            what = "the latents' side" if args.vae else "--resolution"
+            raise ValueError(f"{what} {resolution} must be a multiple of {factor} for this network.")
+        if config["time_embedding_type"] != "positional":
+            raise ValueError(
+                f"time_embedding_type {config['time_embedding_type']!r} takes the logarithm of timesteps that are negative "
+                "or 0 here; use 'positional'."
+            )
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet
+        network.enable_gradient_checkpointing()
+    return network, conditioning
+
+
+def load_latents(
+    args: argparse.Namespace, images: ImageColumn, accelerator: Accelerator
+) -> tuple[LatentColumn, ModelMixin]:
+    """The normalised latents of the images, encoded once, and the autoencoder that decodes them.
+
+    Raises:
+        ValueError: the autoencoder does not fit the images.
+    """
+    output_dir = Path(args.output_dir)
+    with accelerator.main_process_first():
+        vae = load_autoencoder(args.vae, args.cache_dir).to(accelerator.device)
+        cache = encode_all(
+            images,
+            vae,
+            output_dir / "latents.safetensors",
+            mirrored=args.random_flip,
+            batch_size=args.train_batch_size,
+            device=accelerator.device,
+            quiet=not accelerator.is_main_process,
+        )
+    sample = args.latents == "sample"
+    scale = choose_scale(vae, cache, sample)
+    if args.pretrained_model_name_or_path:
+        # The network knows the latents of its own pipeline, which are divided by this factor and no more.
+        factor = vae.config.get("scaling_factor", 1.0)
+        scale = LatentScale((0.0,) * len(scale.std), (1 / factor,) * len(scale.std))
+    latents = LatentColumn(cache, scale, images.labels, sample=sample, seed=args.seed)
+    return latents, fold_normalization(vae, scale)
 
 
 def load_images(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageColumn, int | None]:
@@ -450,22 +572,28 @@ def seed_for(*parts: int) -> int:
     return random.Random("/".join(map(str, parts))).getrandbits(63)
 
 
+def seeded_generator(device: torch.device, *parts: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed_for(*parts))
+
+
 @torch.no_grad()
-def sample_grid(
-    accelerator: Accelerator, pipeline: DiffusionPipeline, args: argparse.Namespace, num_classes: int | None
-) -> Image.Image:
+def sample_grid(accelerator: Accelerator, pipeline: DiffusionPipeline, args: argparse.Namespace) -> Image.Image:
     """A grid of `--num_samples` images, shared out over the processes; image k depends on the seed and k alone."""
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = list(range(rank, args.num_samples, world))
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(accelerator.device)
+    labels = sampling_labels(network_of(pipeline), pipeline.scheduler.config[METADATA_KEY])
     images: list[tuple[int, Image.Image]] = []
     for start in range(0, len(mine), args.train_batch_size):
         which = mine[start : start + args.train_batch_size]
         generators = [torch.Generator().manual_seed(seed_for(args.seed, index)) for index in which]
-        classes = {} if num_classes is None else {"class_labels": [index % num_classes for index in which]}
-        output = pipeline(
-            batch_size=len(which), generator=generators, num_inference_steps=args.num_inference_steps, **classes
+        # `DiTPipeline` has no batch size, and guides by itself.
+        count: dict[str, Any] = (
+            {"guidance_scale": 1.0} if hasattr(pipeline, "transformer") else {"batch_size": len(which)}
         )
+        classes = {"class_labels": [labels[index % len(labels)] for index in which]} if labels else {}
+        output = pipeline(generator=generators, num_inference_steps=args.num_inference_steps, **count, **classes)
         images += zip(which, output.images, strict=True)
     ordered = [image for _, image in sorted(gather_object(images), key=lambda pair: pair[0])]
     columns = math.ceil(math.sqrt(len(ordered)))
@@ -493,11 +621,11 @@ def batches_from(
 
 
 def make_optimizer(
-    args: argparse.Namespace, unet: UNet2DModel, images_per_step: int, max_steps: int
+    args: argparse.Namespace, network: Network, images_per_step: int, max_steps: int
 ) -> tuple[torch.optim.Optimizer, Any]:
     """The optimizer and its learning-rate schedule, in optimizer steps."""
     optimizer = torch.optim.AdamW(
-        unet.parameters(),
+        network.parameters(),
         lr=args.learning_rate * (images_per_step if args.scale_lr else 1),
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -510,12 +638,12 @@ def make_optimizer(
     return optimizer, schedule
 
 
-def make_average(args: argparse.Namespace, unet: UNet2DModel) -> EMAModel | None:
+def make_average(args: argparse.Namespace, network: Network) -> EMAModel | None:
     """The exponential moving average of the weights, where one is wanted."""
     if not args.use_ema:
         return None
     return EMAModel(
-        unet.parameters(),
+        network.parameters(),
         decay=args.ema_max_decay,
         use_ema_warmup=True,
         inv_gamma=args.ema_inv_gamma,
@@ -526,10 +654,10 @@ def make_average(args: argparse.Namespace, unet: UNet2DModel) -> EMAModel | None
 def describe_run(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    unet: UNet2DModel,
-    images: ImageColumn,
+    network: Network,
+    images: ImageColumn | LatentColumn,
     references: References,
-    num_classes: int | None,
+    conditioning: Conditioning,
     max_steps: int,
 ) -> dict[str, dict[str, Any]]:
     """What a resumed run must share with this one ("run"), and what it should ("settings")."""
@@ -541,14 +669,27 @@ def describe_run(
         "num_processes": accelerator.num_processes,
         "num_images": len(images),
         "data_digest": images.digest(),
-        "num_classes": num_classes,
+        "num_classes": conditioning.num_classes,
+        "null_label": conditioning.null_label,
         "image_shape": list(images.shape),
     }
+    if isinstance(images, LatentColumn):
+        run |= {"vae": args.vae, "latent_mean": list(images.scale.mean), "latent_std": list(images.scale.std)}
     settings = {name: getattr(args, name) for name in NOTICED_FLAGS} | {"mixed_precision": accelerator.mixed_precision}
-    settings |= {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    settings |= {name: value for name, value in network.config.items() if not name.startswith("_")}
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["steps_of_schedule"] = max_steps
     return {"run": run, "settings": json.loads(json.dumps(settings))}
+
+
+def settle_communication() -> None:
+    """Let the threads of torch's gloo groups finish what they hold, before anything may destroy a group.
+
+    They need the interpreter's lock to release tensors, and a group's destructor waits for them with that lock held: a
+    process then hangs for ever, seen in torch 2.13 at a run's end and after another process had died.
+    """
+    if dist.is_available() and dist.is_initialized():
+        time.sleep(0.5)
 
 
 def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -597,9 +738,9 @@ def clear(output_dir: Path) -> None:
         shutil.rmtree(output_dir / name, ignore_errors=True)
 
 
-def check_finite(unet: UNet2DModel, step: int) -> None:
+def check_finite(network: Network, step: int) -> None:
     """Raise FloatingPointError where a weight is not a number: before anything is saved."""
-    if not bool(torch.stack([parameter.isfinite().all() for parameter in unet.parameters()]).all()):
+    if not bool(torch.stack([parameter.isfinite().all() for parameter in network.parameters()]).all()):
         raise FloatingPointError(
             f"the weights are not finite after step {step}. They were not saved; the last checkpoint is good. Lower "
             "--learning_rate, or use bf16 instead of fp16."
@@ -647,7 +788,11 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger(NAME).setLevel(logging.INFO)
     with StopSignal() as stop:
-        train(args, stop)
+        try:
+            train(args, stop)
+        except BaseException:
+            settle_communication()
+            raise
 
 
 def train(args: argparse.Namespace, stop: StopSignal) -> None:
@@ -670,13 +815,18 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
         logger.info("No checkpoint in %s yet: starting at step 0.", output_dir)
     if resume is None and not args.overwrite_output_dir:
         refuse_occupied(output_dir, args.resume_from_checkpoint)
+    images: ImageColumn | LatentColumn
     images, num_classes = load_images(args, accelerator)
+    vae = None
+    if args.vae:
+        images, vae = load_latents(args, images, accelerator)
     process, sampling_range = choose_process(args, images)
     objective = STFTrainingObjective(process)
 
     torch.manual_seed(seed_for(args.seed))
-    unet = build_unet(args, images.reader, num_classes)
-    diffusers_pipeline(unet, process, **sampling_range)  # an impossible range fails now, not after the training
+    network, conditioning = build_network(args, images.shape, num_classes)
+    # An impossible range or combination fails now, not after the training.
+    diffusers_pipeline(network, process, vae=vae, **sampling_range)
     references = choose_references(args, images, accelerator)
     loader = DataLoader(
         images,
@@ -692,17 +842,17 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
     max_steps = args.max_train_steps or math.ceil(
         args.num_epochs * len(references.sampler) / args.gradient_accumulation_steps
     )
-    optimizer, lr_scheduler = make_optimizer(args, unet, images_per_step, max_steps)
-    model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    optimizer, lr_scheduler = make_optimizer(args, network, images_per_step, max_steps)
+    model, optimizer, lr_scheduler = accelerator.prepare(network, optimizer, lr_scheduler)
     if args.compile:
-        unet.compile()
-    ema, post_hoc = make_average(args, unet), PostHocAverages(unet) if args.post_hoc_ema else None
-    manifest = describe_run(args, accelerator, unet, images, references, num_classes, max_steps)
+        network.compile()
+    ema, post_hoc = make_average(args, network), PostHocAverages(network) if args.post_hoc_ema else None
+    manifest = describe_run(args, accelerator, network, images, references, conditioning, max_steps)
     manifest["run"] |= {"process": process_to_config(process), "sampling_range": sampling_range}
     first_step = 0
     if resume is not None:
         first_step = read_step(resume, manifest)
-        load_checkpoint(accelerator, resume, unet, ema, post_hoc)
+        load_checkpoint(accelerator, resume, network, ema, post_hoc)
         logger.info("Resumed after step %d from %s.", first_step, resume)
         if first_step >= max_steps:
             logger.warning("All %d steps are done: only the pipeline is saved. See --max_train_steps.", max_steps)
@@ -719,22 +869,22 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
     logger.info(
         "%s on %s with %s; %d images of %s, %s; %.1f M parameters; %d steps of %d images on %d process(es).",
         args.objective.upper(), process, references, len(images), images.shape,
-        "decoded in memory" if images.images is not None else "decoded as they are read",
-        unet.num_parameters() / 1e6, max_steps, images_per_step, num_processes,
+        "in memory" if images.images is not None else "made as they are read",
+        network.num_parameters() / 1e6, max_steps, images_per_step, num_processes,
     )  # fmt: skip
 
     def averaged_pipeline(step: int) -> DiffusionPipeline:
         """The pipeline of copied weights: sampling and saving leave the trained ones alone."""
-        network = UNet2DModel.from_config(unet.config).to(device).eval()
-        network.load_state_dict(unet.state_dict())
+        averaged = type(network).from_config(network.config).to(device).eval()
+        averaged.load_state_dict(network.state_dict())
         if ema is not None:
-            ema.copy_to(network.parameters())
+            ema.copy_to(averaged.parameters())
         metadata = {**manifest["run"], "steps": step, "images_seen": step * images_per_step}
         metadata |= {"dataset": data_name(args), "license": args.model_license}
-        return diffusers_pipeline(network, process, metadata=metadata, **sampling_range)
+        return diffusers_pipeline(averaged, process, vae=vae, metadata=metadata, **sampling_range)
 
     def save_grid(pipeline: DiffusionPipeline, step: int) -> Path:
-        grid = sample_grid(accelerator, pipeline, args, num_classes)
+        grid = sample_grid(accelerator, pipeline, args)
         path = output_dir / "samples" / f"step-{step:07d}.png"
         if accelerator.is_main_process:
             path.parent.mkdir(exist_ok=True)
@@ -752,7 +902,7 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
         pipeline = averaged_pipeline(step)
         if accelerator.is_main_process:
             with said_where_it_fails("the pipeline", output_dir):
-                save_pipeline(pipeline, output_dir, raw_unet=None if ema is None else unet)
+                save_pipeline(pipeline, output_dir, raw_network=None if ema is None else network)
         grid = save_grid(pipeline, step)
         if accelerator.is_main_process:
             card = model_card(
@@ -769,7 +919,6 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
 
     log, target_share = TrainingLog(accelerator), TargetShare(device)
     stream = batches_from(first_step * args.gradient_accumulation_steps, loader, references.sampler)
-    noise_generator, flip_generator = torch.Generator(device), torch.Generator(device)
     progress = tqdm(
         initial=first_step, total=max_steps, desc="Training", unit="step", disable=not accelerator.is_local_main_process
     )
@@ -780,17 +929,18 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
             started = time.perf_counter()
             batch = next(stream)
             log.waited(time.perf_counter() - started)
-            noise_generator.manual_seed(seed_for(args.seed, process_index, step, micro, 0))
-            flip_generator.manual_seed(seed_for(args.seed, process_index, step, micro, 1))
+            draws = partial(seeded_generator, device, args.seed, process_index, step, micro)
             torch.manual_seed(seed_for(args.seed, process_index, step, micro, 2))  # dropout
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            if args.random_flip:
-                batch["reference_images"] = flip_at_random(batch["reference_images"], flip_generator)
+            if args.random_flip and vae is None:  # of latents the mirror images' are read
+                batch["reference_images"] = flip_at_random(batch["reference_images"], draws(1))
             sources = batch["reference_images"][: args.train_batch_size]
+            labels, classes, orientation = conditioning.draw(batch.get("labels"), len(sources), draws(3))
             with target_share.targets():
-                perturbed = objective.perturb(sources, generator=noise_generator, **references.of(batch))
+                perturbed = objective.perturb(sources, generator=draws(0), **references.of(batch, classes))
+                perturbed = reoriented(perturbed, orientation)
             with accelerator.accumulate(model):
-                output = model(perturbed.model_input, perturbed.timestep, class_labels=batch.get("labels")).sample
+                output = model(perturbed.model_input, perturbed.timestep, class_labels=labels).sample
                 loss = objective.loss(output, perturbed)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -802,7 +952,7 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
             if ema is not None:
-                ema.step(unet.parameters())
+                ema.step(network.parameters())
             if post_hoc is not None:
                 post_hoc.step()
         progress.update()
@@ -817,12 +967,15 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
             with tracker_may_fail():
                 accelerator.log(report, step=step)
         if checkpoint_due or stopping:
-            check_finite(unet, step)
-            save_checkpoint(accelerator, output_dir, step, unet, ema, post_hoc, manifest, args.checkpoints_total_limit)
+            check_finite(network, step)
+            save_checkpoint(
+                accelerator, output_dir, step, network, ema, post_hoc, manifest, args.checkpoints_total_limit
+            )
         if stopping:
             logger.info("Stopped by a signal after step %d; --resume_from_checkpoint latest continues.", step)
             if hub:
                 hub.report(output_dir, patience=20)
+            settle_communication()
             with tracker_may_fail():
                 accelerator.end_training()
             raise SystemExit(REQUEUE_EXIT_CODE)
@@ -835,6 +988,7 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
     save(max(first_step, max_steps))
     if hub:
         hub.report(output_dir)
+    settle_communication()
     with tracker_may_fail():
         accelerator.end_training()
 

@@ -7,19 +7,24 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import (
     ConsistencyModelPipeline,
     DDPMPipeline,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LDMPipeline,
+    ModelMixin,
     UNet2DModel,
 )
 
-from .noise import EDM, VE, VP, NoiseProcess
+from .noise import EDM, VE, VP, FlowMatching, NoiseProcess
 
 # Key of the training metadata in the saved scheduler's config. Diffusers keeps keys that start with an underscore
 # through loading and saving, and does not warn of them.
@@ -28,7 +33,18 @@ METADATA_KEY = "_stf"
 # Extremes of the noise at which EDM networks are sampled (Karras et al. 2022, Table 1).
 EDM_SAMPLING_RANGE = (0.002, 80.0)
 
-_PROCESSES: dict[str, type[EDM] | type[VE] | type[VP]] = {"edm": EDM, "ve": VE, "vp": VP}
+# The denoisers that are saved here.
+Network: TypeAlias = UNet2DModel | DiTTransformer2DModel
+
+# `DiTPipeline` takes this class for a dropped condition, whatever the network's number of classes.
+DIT_NULL_LABEL = 1000
+
+_PROCESSES: dict[str, type[EDM] | type[VE] | type[VP] | type[FlowMatching]] = {
+    "edm": EDM,
+    "ve": VE,
+    "vp": VP,
+    "flow": FlowMatching,
+}
 
 
 def process_to_config(process: NoiseProcess) -> dict[str, Any]:
@@ -39,7 +55,7 @@ def process_to_config(process: NoiseProcess) -> dict[str, Any]:
     raise TypeError(f"only {', '.join(_PROCESSES)} processes can be saved; got {type(process).__name__}.")
 
 
-def process_from_config(config: dict[str, Any]) -> EDM | VE | VP:
+def process_from_config(config: dict[str, Any]) -> EDM | VE | VP | FlowMatching:
     """The inverse of `process_to_config`."""
     parameters = dict(config)
     name = parameters.pop("name", None)
@@ -64,16 +80,19 @@ def trained_betas(sigmas: torch.Tensor) -> list[float]:
 
 
 def sampling_scheduler(
-    process: NoiseProcess, sigma_min: float | None = None, sigma_max: float | None = None
-) -> EDMDPMSolverMultistepScheduler | DPMSolverMultistepScheduler:
+    process: NoiseProcess, sigma_min: float | None = None, sigma_max: float | None = None, *, scales_input: bool = False
+) -> EDMDPMSolverMultistepScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler:
     """The Diffusers scheduler whose samples follow `process`: what is saved beside a network trained on it.
 
     EDM networks get the EDM variant of DPM-Solver++. VE and VP networks get DPM-Solver++ with `trained_betas` that are
-    the process's own noise levels at the thousand integer timesteps, visited at Karras et al.'s spacing.
+    the process's own noise levels at the thousand integer timesteps, visited at Karras et al.'s spacing. Flow-matching
+    networks get Euler's method for flows.
 
     Args:
-        process: `EDM`, `VE` or `VP`.
+        process: `EDM`, `VE`, `VP` or `FlowMatching`.
         sigma_min, sigma_max: EDM alone: extremes of the noise when sampling (default 0.002 and 80).
+        scales_input: the pipeline calls `scale_model_input`, which Euler's method for flows lacks: flow-matching networks
+            get DPM-Solver++ with the noise levels of flows, which rounds timesteps down to integers.
 
     Raises:
         TypeError: another process.
@@ -87,13 +106,19 @@ def sampling_scheduler(
         return EDMDPMSolverMultistepScheduler(sigma_min=low, sigma_max=high, sigma_data=process.sigma_data)
     if sigma_min is not None or sigma_max is not None:
         raise ValueError(f"sigma_min and sigma_max of {type(process).__name__} are those it was trained with.")
+    if isinstance(process, FlowMatching):
+        if scales_input:
+            return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        return FlowMatchEulerDiscreteScheduler()
     if isinstance(process, VE):
         ratio = torch.logspace(math.log10(process.sigma_min), math.log10(process.sigma_max), 1000, dtype=torch.float64)
     elif isinstance(process, VP):
         t = torch.arange(1, 1001, dtype=torch.float64) / 1000
         ratio = process.sigma(t) / process.alpha(t)
     else:
-        raise TypeError(f"no Diffusers scheduler is known here for {type(process).__name__}; use EDM, VE or VP.")
+        raise TypeError(
+            f"no Diffusers scheduler is known here for {type(process).__name__}; use EDM, VE, VP or FlowMatching."
+        )
     scheduler = DPMSolverMultistepScheduler(trained_betas=trained_betas(ratio), use_karras_sigmas=True)
     # Diffusers multiplies a thousand factors near 1 in float32, which loses noise levels below about 0.002.
     kept = (1 / scheduler.alphas_cumprod.double() - 1).sqrt()
@@ -105,37 +130,98 @@ def sampling_scheduler(
     return scheduler
 
 
-def stock_pipeline_class(unet: UNet2DModel, process: NoiseProcess) -> type[ConsistencyModelPipeline | DDPMPipeline]:
-    """`DDPMPipeline` where it can serve (VE and VP without classes), else `ConsistencyModelPipeline`: the one pipeline
-    of Diffusers that scales the network's input as EDM schedulers need and takes class labels.
+StockPipeline: TypeAlias = ConsistencyModelPipeline | DDPMPipeline | DiTPipeline | LDMPipeline
+
+
+def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixin | None = None) -> type[StockPipeline]:
+    """The pipeline class of Diffusers that can sample a network trained on `process`.
+
+    Of images: `DDPMPipeline` where it can serve (no classes, not EDM), else `ConsistencyModelPipeline`, the one pipeline
+    that scales the network's input as EDM schedulers need and takes class labels. Of latents, with the autoencoder `vae`:
+    `LDMPipeline` for a `UNet2DModel` without classes, `DiTPipeline` for a `DiTTransformer2DModel`.
+
+    Raises:
+        ValueError: Diffusers has no pipeline for the combination.
     """
-    conditional = unet.config["num_class_embeds"] is not None
+    if isinstance(network, DiTTransformer2DModel):
+        if vae is None:
+            raise ValueError("Diffusers samples a DiTTransformer2DModel with an autoencoder only: pass --vae.")
+        if not isinstance(process, VP | FlowMatching):
+            raise ValueError(
+                f"DiTPipeline starts from noise of variance 1, which {type(process).__name__} has not. Train a "
+                "DiTTransformer2DModel on --noise_process vp or flow."
+            )
+        return DiTPipeline
+    conditional = network.config["num_class_embeds"] is not None
+    if vae is not None:
+        if conditional:
+            raise ValueError(
+                "Diffusers has no pipeline for latents of a UNet2DModel with classes. Use a DiTTransformer2DModel "
+                "(--model_config examples/configs/dit_latents.json), or leave the classes out."
+            )
+        return LDMPipeline
     return ConsistencyModelPipeline if conditional or isinstance(process, EDM) else DDPMPipeline
 
 
 def diffusers_pipeline(
-    unet: UNet2DModel,
+    network: Network,
     process: NoiseProcess,
     *,
+    vae: ModelMixin | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     metadata: dict[str, Any] | None = None,
-) -> ConsistencyModelPipeline | DDPMPipeline:
+) -> StockPipeline:
     """A network trained on `process` as a pipeline of Diffusers' own classes.
 
     The class is that of `stock_pipeline_class`. `ConsistencyModelPipeline` takes a single step by default, which is
     too few: always pass `num_inference_steps`.
 
     Args:
-        unet: the network. It is used as it is, not copied; its config is told the process.
-        process: `EDM`, `VE` or `VP`; as for `sampling_scheduler`, with `sigma_min` and `sigma_max`.
+        network: the network. It is used as it is, not copied; its config is told the process.
+        process: `EDM`, `VE`, `VP` or `FlowMatching`; as for `sampling_scheduler`, with `sigma_min` and `sigma_max`.
+        vae: of a network of latents, the autoencoder that decodes them: divided by its config's `scaling_factor`.
         metadata: JSON values to keep in the saved folder, beside the process's own parameters.
+
+    Raises:
+        ValueError: as `sampling_scheduler` and `stock_pipeline_class`.
     """
-    scheduler = sampling_scheduler(process, sigma_min, sigma_max)
+    kind = stock_pipeline_class(network, process, vae)
+    scheduler = sampling_scheduler(process, sigma_min, sigma_max, scales_input=kind is not DDPMPipeline)
     scheduler.register_to_config(**{METADATA_KEY: {**(metadata or {}), "process": process_to_config(process)}})
     # Beside the weights too: a scheduler is exchanged more easily than a network.
-    unet.register_to_config(**{METADATA_KEY: {"process": process_to_config(process)}})
-    return stock_pipeline_class(unet, process)(unet=unet, scheduler=scheduler)
+    network.register_to_config(**{METADATA_KEY: {"process": process_to_config(process)}})
+    if kind is DiTPipeline:
+        return DiTPipeline(transformer=network, vae=vae, scheduler=scheduler)
+    if kind is LDMPipeline:
+        return LDMPipeline(vqvae=vae, unet=network, scheduler=scheduler)
+    return kind(unet=network, scheduler=scheduler)
+
+
+def network_of(pipeline: DiffusionPipeline) -> Network:
+    """The denoiser of a pipeline: its `unet`, or its `transformer`."""
+    unet = getattr(pipeline, "unet", None)
+    return pipeline.transformer if unet is None else unet
+
+
+def sampling_labels(network: Network, metadata: dict[str, Any]) -> list[int]:
+    """The labels that a network can be sampled with: its classes, or [] for a network that takes none.
+
+    A network that saw orientations, or a transformer without classes, has one label that stands for plain images.
+
+    Args:
+        network: the network.
+        metadata: how it was trained, as saved by the training script; {} where that is unknown.
+    """
+    embeddings = network.config[
+        "num_embeds_ada_norm" if isinstance(network, DiTTransformer2DModel) else "num_class_embeds"
+    ]
+    if embeddings is None:
+        return []
+    if "num_classes" in metadata:
+        count = metadata["num_classes"]
+        return list(range(count)) if count else [metadata.get("null_label") or 0]
+    return [label for label in range(embeddings) if label != metadata.get("null_label")]
 
 
 def read_metadata(
@@ -154,7 +240,7 @@ def read_metadata(
 
 
 def save_pipeline(
-    pipeline: DiffusionPipeline, folder: str | os.PathLike[str], raw_unet: UNet2DModel | None = None
+    pipeline: DiffusionPipeline, folder: str | os.PathLike[str], raw_network: Network | None = None
 ) -> None:
     """Write a pipeline to `folder`; other files in the folder stay.
 
@@ -165,24 +251,26 @@ def save_pipeline(
     Args:
         pipeline: as from `diffusers_pipeline`.
         folder: made where missing; an earlier pipeline in it is replaced.
-        raw_unet: a second network for `unet_raw/` (the weights without averaging, where `unet/` has the average).
+        raw_network: a second network for `unet_raw/` or `transformer_raw/` (the weights without averaging, where `unet/`
+            or `transformer/` has the average).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
         pipeline.save_pretrained(staging)
-        if raw_unet is not None:
-            raw_unet.save_pretrained(Path(staging) / "unet_raw")
+        if raw_network is not None:
+            name = "unet" if isinstance(raw_network, UNet2DModel) else "transformer"
+            raw_network.save_pretrained(Path(staging) / f"{name}_raw")
         new = [path.relative_to(staging) for path in Path(staging).rglob("*") if path.is_file()]
-        for name in new:
-            with open(Path(staging) / name, "rb") as file:
+        for path in new:
+            with open(Path(staging) / path, "rb") as file:
                 os.fsync(file.fileno())
-        for name in sorted(new, key=lambda name: name == Path("model_index.json")):
-            (folder / name).parent.mkdir(exist_ok=True)
-            os.replace(Path(staging) / name, folder / name)
-    for kind in ("unet", "unet_raw", "scheduler"):
+        for path in sorted(new, key=lambda path: path == Path("model_index.json")):
+            (folder / path).parent.mkdir(exist_ok=True)
+            os.replace(Path(staging) / path, folder / path)
+    for kind in ("unet", "unet_raw", "transformer", "transformer_raw", "vae", "vqvae", "scheduler"):
         for path in (folder / kind).glob("*"):
             if path.relative_to(folder) not in new:
                 path.unlink()
-    if raw_unet is None and (folder / "unet_raw").is_dir():
-        (folder / "unet_raw").rmdir()
+        if (folder / kind).is_dir() and not any((folder / kind).iterdir()):
+            (folder / kind).rmdir()

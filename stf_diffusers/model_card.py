@@ -7,7 +7,14 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
-from .export import METADATA_KEY, process_from_config, process_to_config, stock_pipeline_class
+from .export import (
+    METADATA_KEY,
+    network_of,
+    process_from_config,
+    process_to_config,
+    sampling_labels,
+    stock_pipeline_class,
+)
 
 _TEMPLATE = """---
 {header}
@@ -28,7 +35,7 @@ _TEMPLATE = """---
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repository}")
-images = pipe(batch_size=4, num_inference_steps={steps}{more}).images
+images = pipe({arguments}, num_inference_steps={steps}).images
 ```
 
 {advice}
@@ -59,6 +66,10 @@ _ADVICE = {
     "which is far too few for this model.",
     "DDPMPipeline": "Without `num_inference_steps` the pipeline takes 1,000 steps; the multistep solver that is saved "
     "needs a few tens.",
+    "LDMPipeline": "The pipeline decodes with the autoencoder in `vqvae/`, which takes the latents as they were trained on: of "
+    "mean 0 and variance 1.",
+    "DiTPipeline": "Class 1000 stands for a dropped condition. The pipeline decodes with the autoencoder in `vae/`, which takes "
+    "the latents as they were trained on: of mean 0 and variance 1.",
 }
 
 
@@ -92,13 +103,21 @@ def model_card(
         metrics: what was measured on samples, by names that say how: "Fréchet distance, DINOv2 features, 50,000 samples
             (Heun, 18 steps, seeds 0 to 49,999) against the training split".
     """
-    config = pipeline.unet.config
+    network = network_of(pipeline)
+    config = network.config
     metadata: dict[str, Any] = pipeline.scheduler.config.get(METADATA_KEY) or {}
     process = process_from_config(metadata["process"]) if "process" in metadata else pipeline.process
     saved = process_to_config(process)
     size, channels = config["sample_size"], config["in_channels"]
     height, width = (size, size) if isinstance(size, int) else size
-    classes = [label for label in range(config["num_class_embeds"] or 0) if label != metadata.get("null_label")]
+    classes = sampling_labels(network, metadata)
+    vae = next(
+        (part for part in (getattr(pipeline, name, None) for name in ("vae", "vqvae")) if part is not None), None
+    )
+    if vae is not None:
+        channels = vae.config.get("out_channels", channels)
+        factor = 2 ** (len(vae.config.get("block_out_channels", [0])) - 1)
+        height, width = height * factor, width * factor
     objective = metadata.get("objective", "stf" if "reference_batch_size" in metadata else None)
     rows = {
         "data": dataset or metadata.get("dataset"),
@@ -110,13 +129,17 @@ def model_card(
         }.get(objective or ""),
         "optimizer steps": f"{metadata['steps']:,}" if "steps" in metadata else None,
         "images seen": f"{metadata['images_seen']:,}" if "images_seen" in metadata else None,
-        "weights": {True: "`unet/` averaged over the training (EMA)", False: "`unet/` as trained"}.get(
-            metadata.get("use_ema", "")
-        ),
+        "weights": {True: "averaged over the training (EMA)", False: "as trained"}.get(metadata.get("use_ema", "")),
     }
-    more = f", class_labels={[classes[k % len(classes)] for k in range(4)]}" if classes else ""
+    labels = f"class_labels={[classes[k % len(classes)] for k in range(4)]}" if classes else ""
+    stock = stock_pipeline_class(network, process, vae)
+    if stock.__name__ == "DiTPipeline":
+        arguments = labels + ("" if metadata.get("class_dropout") else ", guidance_scale=1.0")
+    else:
+        arguments = "batch_size=4" + (f", {labels}" if labels else "")
+    more = f", {labels}" if labels else ""
     if channels not in (1, 3, 4):
-        more += ', output_type="np"'
+        more, arguments = more + ', output_type="np"', arguments + ', output_type="np"'
     header = ModelCardData(
         library_name="diffusers",
         license=license or metadata.get("license"),
@@ -127,17 +150,18 @@ def model_card(
         _TEMPLATE.format(
             header=header.to_yaml(),
             title=repository.rstrip("/").split("/")[-1],
-            kind="A class-conditional" if classes else "An unconditional",
+            kind="A class-conditional" if metadata.get("num_classes", len(classes)) else "An unconditional",
             height=height,
             width=width,
             channels=channels,
-            parameters=pipeline.unet.num_parameters() / 1e6,
+            parameters=network.num_parameters() / 1e6,
             target=_TARGETS[objective],
             rows="\n".join(f"| {key} | {value} |" for key, value in rows.items() if value),
             repository=repository,
             steps=num_inference_steps,
             more=more,
-            advice=_ADVICE[stock_pipeline_class(pipeline.unet, process).__name__],
+            arguments=arguments,
+            advice=_ADVICE[stock.__name__],
             picture=f"\n## Samples\n\n![Samples, not selected]({grid})\n" if grid else "",
             measured="\n## Measured\n\n| | |\n|---|---|\n" + "".join(f"| {k} | {v:.4g} |\n" for k, v in metrics.items())
             if metrics

@@ -252,7 +252,8 @@ class FlowMatching(NoiseProcess):
         if self.time_distribution == "uniform":
             # rand() is 0 once in 2^24 draws, where there is no noise to predict.
             return _rand(batch_size, generator, device).clamp_(min=2**-25)
-        return (self.logit_mean + self.logit_std * _rand(batch_size, generator, device, normal=True)).sigmoid()
+        normal = _rand(batch_size, generator, device, normal=True)
+        return (self.logit_mean + self.logit_std * normal).sigmoid().clamp_(min=2**-25)
 
     def time_of(self, ratio: Tensor) -> Tensor:
         return ratio / (1 + ratio)

@@ -96,6 +96,7 @@ class STFTrainingObjective:
         labels: Tensor | None = None,
         reference_labels: Tensor | None = None,
         source_index: Tensor | None = None,
+        num_unconditional: int | None = None,
         t: Tensor | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -111,6 +112,11 @@ class STFTrainingObjective:
             reference_labels: (n,) integer classes of the references.
             source_index: (B,) integers, positions of the sources in `reference` where these are not its first B rows; of a
                 bank, positions in the images it was made of. Without them a bank is searched for the images, once.
+            num_unconditional: the first so many references are a draw of the whole data law; rows of label -1 use these
+                and their own source. None: they use all. A class-aware `ReferenceBatchSampler(..., labels=)` has the
+                number as an attribute of this name. That references are class-aware cannot be seen from them: without
+                the number, the targets of rows of label -1 are then biased, and nothing says so. Ignored without
+                references.
             t: (B,) times. None: drawn from the process's training distribution.
             noise: (B, ...) standard normal. None: drawn. Neither draw depends on the references.
             generator: for the draws.
@@ -120,8 +126,9 @@ class STFTrainingObjective:
             for float64 images).
 
         Raises:
-            ValueError: references without their sources, shapes or labels that do not fit.
-            TypeError: dtypes that are not images' or labels'.
+            ValueError: references without their sources, shapes or labels that do not fit; `num_unconditional` without
+                labels, with a bank, or not in [B, n].
+            TypeError: dtypes that are not images' or labels', or a `num_unconditional` that is no integer.
         """
         x0 = self._as_compute(clean)
         if t is None:
@@ -129,7 +136,7 @@ class STFTrainingObjective:
         if noise is None:
             device = generator.device if generator is not None else x0.device
             noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype)
-        mask = self._check_references(x0, reference, labels, reference_labels, source_index)
+        mask = self._check_references(x0, reference, labels, reference_labels, source_index, num_unconditional)
         batch = self._noised_batch(x0, noise, t, reference, mask, labels, source_index)
         return replace(batch, model_input=batch.model_input.to(clean.dtype)) if clean.is_floating_point() else batch
 
@@ -144,6 +151,7 @@ class STFTrainingObjective:
         labels: Tensor | None = None,
         reference_labels: Tensor | None = None,
         source_index: Tensor | None = None,
+        num_unconditional: int | None = None,
     ) -> Tensor:
         """The target for images that a script has noised itself: replaces its `noise`, velocity or clean images.
 
@@ -152,13 +160,13 @@ class STFTrainingObjective:
             noise: (B, ...) the noise passed to it.
             timesteps: (B,) the timesteps passed to it: integers, or floating point for EDM and flow schedulers; for
                 a continuous process, its times.
-            reference, labels, reference_labels, source_index: as for `perturb`.
+            reference, labels, reference_labels, source_index, num_unconditional: as for `perturb`.
 
         Returns:
             (B, ...) in float32 (float64 for float64 images); without references, the DSM target bit for bit.
         """
         x0 = self._as_compute(clean)
-        mask = self._check_references(x0, reference, labels, reference_labels, source_index)
+        mask = self._check_references(x0, reference, labels, reference_labels, source_index, num_unconditional)
         return self._noised_batch(x0, noise, timesteps, reference, mask, labels, source_index).target
 
     def loss(self, output: Tensor, batch: PerturbedBatch) -> Tensor:
@@ -254,6 +262,7 @@ class STFTrainingObjective:
         labels: Tensor | None,
         reference_labels: Tensor | None,
         source_index: Tensor | None,
+        num_unconditional: int | None,
     ) -> Tensor | None:
         """Check that the sources are among the references; return which references each row may use, (B, n) or None.
 
@@ -266,6 +275,11 @@ class STFTrainingObjective:
         if isinstance(reference, ReferenceSet):
             if reference_labels is not None:
                 raise ValueError(f"a {type(reference).__name__} has its own labels: leave reference_labels out.")
+            if num_unconditional is not None:
+                raise ValueError(
+                    f"num_unconditional counts the rows of a reference tensor; in a {type(reference).__name__}, rows of "
+                    "label -1 use all. Leave it out."
+                )
             # A bank that is searched is searched once, by all processes at their first call.
             searched = isinstance(reference, ReferenceBank) and (source_index is None or reference.process_shard)
             kind = (reference, labels is None, None if searched else x0.shape)
@@ -302,6 +316,19 @@ class STFTrainingObjective:
                 raise ValueError(f"{name} must have shape ({length},); got {tuple(values.shape)}.")
             if values is not None and (values.is_floating_point() or values.dtype == torch.bool):
                 raise TypeError(f"{name} must be integers; got {values.dtype}.")
+        if num_unconditional is not None:
+            if not isinstance(num_unconditional, int):
+                raise TypeError(f"num_unconditional must be an int; got {type(num_unconditional).__name__}.")
+            if labels is None:
+                raise ValueError(
+                    "num_unconditional needs labels and reference_labels: it says what rows of label -1 use. Pass them "
+                    "(class-aware references without labels bias every row), or leave it out."
+                )
+            if not batch_size <= num_unconditional <= n:
+                raise ValueError(
+                    f"num_unconditional must lie in [B, n] = [{batch_size}, {n}]; got {num_unconditional}. Pass that of "
+                    "the ReferenceBatchSampler."
+                )
         own = torch.arange(batch_size, device=x0.device) if source_index is None else source_index.to(x0.device)
         signature = (x0.shape, x0.device, reference.shape, reference.dtype, labels is None, source_index is None)
         if x0.device.type == "cpu" or signature != self._checked:
@@ -310,8 +337,11 @@ class STFTrainingObjective:
         if labels is None or reference_labels is None:
             return None
         labels, reference_labels = labels.to(x0.device), reference_labels.to(x0.device)
-        is_own = own[:, None] == torch.arange(n, device=x0.device)[None]
-        return (labels[:, None] == reference_labels[None]) | (labels == -1)[:, None] | is_own
+        position = torch.arange(n, device=x0.device)[None]
+        # Not `labels == reference_labels` for -1: references of that label may lie beyond the unconditional ones.
+        of_whole_law = position < (n if num_unconditional is None else num_unconditional)
+        same_condition = torch.where((labels == -1)[:, None], of_whole_law, labels[:, None] == reference_labels[None])
+        return same_condition | (own[:, None] == position)
 
     @staticmethod
     def _compare_sources(

@@ -8,10 +8,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DModel
 from diffusers.utils import BaseOutput, make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
@@ -20,9 +20,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .denoising import network_denoiser
-from .export import EDM_SAMPLING_RANGE, METADATA_KEY, process_from_config, sampling_scheduler, stock_pipeline_class
+from .export import (
+    EDM_SAMPLING_RANGE,
+    METADATA_KEY,
+    diffusers_pipeline,
+    network_of,
+    process_from_config,
+    sampling_labels,
+)
 from .model_card import model_card
-from .noise import EDM, VE, VP, SchedulerProcess
+from .noise import EDM, VE, VP, FlowMatching, SchedulerProcess
 from .solvers import Discretization, sample_ode, sample_rk45
 
 Solver = Literal["heun", "euler", "rk45", "scheduler"]
@@ -40,25 +47,44 @@ class STFPipelineOutput(BaseOutput):
 
 
 class STFPipeline(DiffusionPipeline):
-    """Samples of an image diffusion model trained on EDM, VE or VP.
+    """Samples of an image diffusion model trained on EDM, VE, VP or flow matching.
 
     Reads the folders that the training script saves, and those of other EDM models of Diffusers:
     ``STFPipeline.from_pretrained(folder)``. What it saves is again a folder of Diffusers' own classes.
 
     Args:
-        unet: the network.
+        unet: the network; or
         scheduler: the Diffusers scheduler saved with it. Its config says what the network was trained on.
+        transformer: the network, where it is a `DiTTransformer2DModel`.
+        vae, vqvae: of a network of latents, the autoencoder that decodes them, under either of the names that Diffusers
+            has for it.
 
     Raises:
-        ValueError: the scheduler does not say what the network was trained on, or belongs to another process.
+        ValueError: there is no network or more than one, the scheduler does not say what the network was trained on, or
+            belongs to another process.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->transformer->vae->vqvae"
+    _optional_components: ClassVar = ["unet", "scheduler", "transformer", "vae", "vqvae"]
 
-    def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
+    def __init__(
+        self,
+        unet: UNet2DModel | None = None,
+        scheduler: Any = None,
+        transformer: DiTTransformer2DModel | None = None,
+        vae: ModelMixin | None = None,
+        vqvae: ModelMixin | None = None,
+    ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
-        self.process = process_of(scheduler, unet)
+        self.register_modules(unet=unet, scheduler=scheduler, transformer=transformer, vae=vae, vqvae=vqvae)
+        if scheduler is None or (unet is None) == (transformer is None):
+            raise ValueError("STFPipeline needs a scheduler, and one network: a unet or a transformer.")
+        self.process = process_of(scheduler, network_of(self))
+
+    @property
+    def autoencoder(self) -> ModelMixin | None:
+        """What decodes the network's latents; None where they are the images themselves."""
+        return self.vqvae if self.vae is None else self.vae
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "STFPipeline":
@@ -111,8 +137,9 @@ class STFPipeline(DiffusionPipeline):
         Raises:
             ValueError: arguments that do not fit the network or each other.
         """
-        process_of(self.scheduler, self.unet)  # either may have been replaced
-        config = self.unet.config
+        network = network_of(self)
+        process_of(self.scheduler, network)  # either may have been replaced
+        config = network.config
         size = config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, config["in_channels"], height, width)
@@ -121,8 +148,10 @@ class STFPipeline(DiffusionPipeline):
                 raise ValueError(f"{name} must be an integer of at least 1; got {value}.")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt'; got {output_type!r}.")
-        if output_type == "pil" and shape[1] not in (1, 3, 4):
-            raise ValueError(f"PIL has no images of {shape[1]} channels: pass output_type='np' or 'pt'.")
+        autoencoder = self.autoencoder
+        channels = self.channels
+        if output_type == "pil" and channels not in (1, 3, 4):
+            raise ValueError(f"PIL has no images of {channels} channels: pass output_type='np' or 'pt'.")
         if callback_on_step_end is not None and solver in ("rk45", "scheduler"):
             raise ValueError(f"callback_on_step_end needs solver='heun' or 'euler'; got {solver!r}.")
         generator = list(generator) if isinstance(generator, tuple) else generator
@@ -138,7 +167,7 @@ class STFPipeline(DiffusionPipeline):
             raise ValueError(f"latents must have shape {shape}; got {tuple(latents.shape)}.")
         latents = latents.to(device, torch.float64)
         denoise = network_denoiser(
-            self.unet,
+            network,
             self.process,
             class_labels=labels,
             guidance_scale=guidance_scale,
@@ -174,6 +203,9 @@ class STFPipeline(DiffusionPipeline):
         else:
             raise ValueError(f"solver must be 'heun', 'euler', 'rk45' or 'scheduler'; got {solver!r}.")
         self.maybe_free_model_hooks()
+        if autoencoder is not None:
+            scale = autoencoder.config.get("scaling_factor", 1.0)
+            images = autoencoder.decode((images / scale).to(autoencoder.dtype)).sample.to(torch.float64)
         pictures = (images / 2 + 0.5).clamp(0, 1)
         result: Any = pictures
         if output_type != "pt":
@@ -182,14 +214,28 @@ class STFPipeline(DiffusionPipeline):
                 result = self.numpy_to_pil(result)
         return STFPipelineOutput(images=result, num_evaluations=evaluations) if return_dict else (result,)
 
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        autoencoder = self.autoencoder
+        config = network_of(self).config if autoencoder is None else autoencoder.config
+        return int(config["in_channels" if autoencoder is None else "out_channels"])
+
     def _labels(self, class_labels: Any, batch_size: int, device: torch.device) -> Tensor | None:
-        classes = self.unet.config["num_class_embeds"]
-        if classes is None:
+        plain = sampling_labels(network_of(self), self.scheduler.config.get(METADATA_KEY) or {})
+        if not plain:
             if class_labels is not None:
                 raise ValueError("the network is unconditional: leave class_labels out.")
             return None
         if class_labels is None:
-            raise ValueError(f"the network is class-conditional: pass class_labels, integers from 0 to {classes - 1}.")
+            if len(plain) > 1:
+                raise ValueError(
+                    f"the network is class-conditional: pass class_labels, integers from {plain[0]} to {plain[-1]}."
+                )
+            class_labels = plain[0]
+        config = network_of(self).config
+        # The transformer has one more embedding than its config says, for the dropped condition.
+        classes = config["num_embeds_ada_norm"] + 1 if "num_embeds_ada_norm" in config else config["num_class_embeds"]
         labels = torch.as_tensor(class_labels, dtype=torch.int64, device=device).reshape(-1)
         labels = labels.expand(batch_size) if len(labels) == 1 else labels
         if len(labels) != batch_size or not bool(((labels >= 0) & (labels < classes)).all()):
@@ -204,6 +250,8 @@ class STFPipeline(DiffusionPipeline):
             return config.get("sigma_min", EDM_SAMPLING_RANGE[0]), config.get("sigma_max", EDM_SAMPLING_RANGE[1])
         if isinstance(self.process, VE):
             return self.process.sigma_min, self.process.sigma_max
+        if isinstance(self.process, FlowMatching):
+            return EDM_SAMPLING_RANGE
         t = torch.tensor([_VP_LAST_TIME, 1.0], dtype=torch.float64)
         low, high = (self.process.sigma(t) / self.process.alpha(t)).tolist()
         return low, high
@@ -215,9 +263,12 @@ class STFPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_steps)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": generator} if takes_generator else {}
-        x = latents.to(self.unet.dtype) * self.scheduler.init_noise_sigma
+        network, labelled = network_of(self), {} if labels is None else {"class_labels": labels}
+        # Flow-matching schedulers have neither: they start from the noise and take the input as it is.
+        x = latents.to(network.dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        scale = getattr(self.scheduler, "scale_model_input", lambda x, t: x)
         for t in self.progress_bar(self.scheduler.timesteps):
-            output = self.unet(self.scheduler.scale_model_input(x, t), t, labels).sample
+            output = network(scale(x, t), t.expand(len(x)), **labelled).sample
             x = self.scheduler.step(output, t, x, **extra).prev_sample
         return x.to(torch.float64), len(self.scheduler.timesteps)
 
@@ -226,14 +277,13 @@ class STFPipeline(DiffusionPipeline):
 
         A scheduler of another library (`EDMHeunScheduler`) is saved as the one that the training would have saved.
         """
-        scheduler = self.scheduler
-        if not type(scheduler).__module__.startswith("diffusers."):
-            is_edm = isinstance(self.process, EDM)
-            scheduler = (
-                sampling_scheduler(self.process, *self._sigma_range()) if is_edm else sampling_scheduler(self.process)
-            )
-            scheduler.register_to_config(**{METADATA_KEY: self.scheduler.config.get(METADATA_KEY)})
-        stock = stock_pipeline_class(self.unet, self.process)(unet=self.unet, scheduler=scheduler)
+        network, metadata = network_of(self), self.scheduler.config.get(METADATA_KEY)
+        sampling_range: dict[str, Any] = {}
+        if isinstance(self.process, EDM):
+            sampling_range = dict(zip(("sigma_min", "sigma_max"), self._sigma_range(), strict=True))
+        stock = diffusers_pipeline(network, self.process, vae=self.autoencoder, metadata=metadata, **sampling_range)
+        if type(self.scheduler).__module__.startswith("diffusers."):
+            stock.register_modules(scheduler=self.scheduler)
         stock.save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(
@@ -270,7 +320,7 @@ class STFPipeline(DiffusionPipeline):
             folder = Path(name)
             self.save_pretrained(folder, variant=variant)
             grid = None
-            if num_samples > 0 and self.unet.config["in_channels"] in (1, 3, 4):
+            if num_samples > 0 and self.channels in (1, 3, 4):
                 grid = "samples/grid.png"
                 (folder / "samples").mkdir()
                 self._grid(num_samples).save(folder / grid)
@@ -290,10 +340,10 @@ class STFPipeline(DiffusionPipeline):
         return commit.commit_url
 
     def _grid(self, count: int) -> Image.Image:
-        classes = self.unet.config["num_class_embeds"]
+        labels = sampling_labels(network_of(self), self.scheduler.config.get(METADATA_KEY) or {})
         images = self(
             count,
-            class_labels=None if classes is None else [k % classes for k in range(count)],
+            class_labels=[labels[k % len(labels)] for k in range(count)] if labels else None,
             generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
             return_dict=False,
         )[0]
@@ -303,26 +353,30 @@ class STFPipeline(DiffusionPipeline):
         return make_image_grid(images + [blank] * (rows * columns - count), rows, columns)
 
 
-def process_of(scheduler: Any, unet: Any = None) -> EDM | VE | VP:
+def process_of(scheduler: Any, network: Any = None) -> EDM | VE | VP | FlowMatching:
     """What the network was trained on, by its own config or that of the scheduler beside it.
 
     Raises:
         ValueError: neither config says, or the scheduler's noise levels or prediction type are not those of the process.
     """
-    table = SchedulerProcess(scheduler)
     metadata = scheduler.config.get(METADATA_KEY) or {}
-    if unet is not None:
-        metadata = unet.config.get(METADATA_KEY) or metadata
+    if network is not None:
+        metadata = network.config.get(METADATA_KEY) or metadata
+    is_flow = bool(scheduler.config.get("use_flow_sigmas")) or hasattr(scheduler, "scale_noise")
+    table = None if is_flow else SchedulerProcess(scheduler)
     if "process" not in metadata:
-        if table.family == "edm" and table.prediction_type == "epsilon":
+        if table is not None and table.family == "edm" and table.prediction_type == "epsilon":
             return EDM(sigma_data=table.sigma_data)
         raise ValueError(
             f"the config of this {type(scheduler).__name__} does not say which noise process the network was trained on. "
             "Load the folder that the training saved, with the scheduler in it, or sample in plain Diffusers."
         )
     process = process_from_config(metadata["process"])
-    if isinstance(process, EDM):
-        fits = table.family == "edm" and table.sigma_data == process.sigma_data
+    if isinstance(process, FlowMatching) or table is None:
+        fits = isinstance(process, FlowMatching) and is_flow
+        fits &= scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction"
+    elif isinstance(process, EDM):
+        fits = table.family == "edm" and table.sigma_data == process.sigma_data and table.prediction_type == "epsilon"
     else:
         index = torch.arange(len(table.timesteps), dtype=torch.float64)
         t = (index + 1) / 1000
@@ -331,7 +385,8 @@ def process_of(scheduler: Any, unet: Any = None) -> EDM | VE | VP:
         ratio = table.sigma(table.timesteps).double() / table.alpha(table.timesteps).double()
         wanted = process.sigma(t) / process.alpha(t)
         fits = table.family == "vp" and len(index) == 1000 and bool(((ratio / wanted - 1).abs() < 0.01).all())
-    if not fits or table.prediction_type != "epsilon":
+        fits &= table.prediction_type == "epsilon"
+    if not fits:
         raise ValueError(
             f"{type(scheduler).__name__} does not follow {process}, which the network was trained on, and would give "
             "garbage. Keep the scheduler that was saved, or make one with stf_diffusers.export.sampling_scheduler."

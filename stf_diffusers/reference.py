@@ -23,6 +23,17 @@ class ReferenceBatchSampler(Sampler[list[int]]):
     condition under which the target is unbiased. Every draw is a function of (seed, epoch, batch), so an epoch can be
     entered anywhere.
 
+    With `labels`, for rows that use references of their own class (`perturb(..., labels=)`), a list is
+
+        [B sources][u others, uniform as above][n - B - u others of the sources' classes],   u = (n - B) // 2.
+
+    The last part is shared out evenly over the distinct classes of the sources: each share is drawn uniformly without
+    replacement from the images of its class that are not yet in the list. What a class cannot fill goes to the others of
+    these classes, and what none can fill is drawn uniformly from all images that are left. Sources and uniform others
+    are a draw of the whole data law, the whole list is not: give `num_unconditional` to the objective where labels may
+    be -1. The shares depend on the labels of the list so far and not on its images, so that, given which places of a
+    list hold class c, the images there are a uniform draw from class c, the source among them: its exchangeable set.
+
     Use it as a DataLoader's `batch_sampler`. Accelerate may shard it (`accelerator.prepare`); with `num_processes` and
     `process_index` it shards itself, without drawing the lists of other processes.
 
@@ -34,10 +45,16 @@ class ReferenceBatchSampler(Sampler[list[int]]):
         num_processes, process_index: yield every `num_processes`-th batch, starting with `process_index`.
         share_references: n counts the references of all processes together: at each step the lists of all processes are
             one list without repeats, for `SharedReferences`.
+        labels: (N,) integer classes >= 0 of the examples, for the class-aware lists above. None: all others are uniform.
+
+    Attributes:
+        num_unconditional: the first so many of a list are a draw of the whole data law: B + u with labels, otherwise
+            the list's length.
 
     Raises:
         ValueError: unless 1 <= B <= n <= N (with shared references, B times the processes instead of B) and at least
-            one batch per process can be filled.
+            one batch per process can be filled; labels that do not fit, or together with shared references.
+        TypeError: labels that are not an integer tensor.
     """
 
     def __init__(
@@ -49,6 +66,7 @@ class ReferenceBatchSampler(Sampler[list[int]]):
         num_processes: int = 1,
         process_index: int = 0,
         share_references: bool = False,
+        labels: Tensor | None = None,
     ) -> None:
         if share_references and not num_processes * batch_size <= reference_batch_size:
             raise ValueError(
@@ -72,13 +90,21 @@ class ReferenceBatchSampler(Sampler[list[int]]):
                 f"reference_batch_size {reference_batch_size} exceeds the {num_examples} images there are. "
                 f"Use at most {num_examples}: drawing an image twice would bias the target."
             )
+        if labels is not None and share_references:
+            raise ValueError(
+                "class-aware lists cannot be shared by processes: with labels, leave share_references out and give each "
+                "process its own, use a ReferenceBank, or leave labels out (the references are then uniform)."
+            )
         self.num_examples = num_examples
         self.num_sources = batch_size
         self.share_references = share_references
         self._num_drawn = reference_batch_size - batch_size * (num_processes if share_references else 1)
+        self._num_uniform = self._num_drawn if labels is None else self._num_drawn // 2
+        self._classes = None if labels is None else _Classes(labels, num_examples)
         mine = range(process_index, self._num_drawn, num_processes) if share_references else range(self._num_drawn)
         # Length of the lists: what torch and Accelerate understand by a batch sampler's batch_size.
         self.batch_size = batch_size + len(mine)
+        self.num_unconditional = self.batch_size if labels is None else batch_size + self._num_uniform
         self.drop_last = True
         self.seed = seed
         self.num_processes = num_processes
@@ -125,12 +151,66 @@ class ReferenceBatchSampler(Sampler[list[int]]):
                 yield sources + self._others(sources, random.Random(f"{self.seed}/{epoch}/{index}"))
 
     def _others(self, sources: list[int], draw: random.Random) -> list[int]:
-        """The distinct indices to draw outside `sources`, in random order."""
-        ranks = draw.sample(range(self.num_examples - len(sources)), self._num_drawn)
-        # The r-th index outside the sources lies as many places further as there are sources before it.
-        gaps = torch.tensor(sorted(sources)) - torch.arange(len(sources))
-        rank = torch.tensor(ranks, dtype=torch.int64)
-        return (rank + torch.searchsorted(gaps, rank, right=True)).tolist()
+        """The distinct indices to draw outside `sources`, the uniform ones first, in random order."""
+        taken = torch.tensor(sources)
+        uniform = _outside(taken, self.num_examples, self._num_uniform, draw)
+        if self._classes is None:
+            return uniform.tolist()
+        left = self._num_drawn - self._num_uniform
+        taken = torch.cat([taken, uniform])
+        taken = torch.cat([taken, self._classes.draw(taken, self.num_sources, left, draw)])
+        rest = self.batch_size - len(taken)
+        return torch.cat([taken, _outside(taken, self.num_examples, rest, draw)])[self.num_sources :].tolist()
+
+
+class _Classes:
+    """The images of each class, prepared once, and draws from the classes that a list needs."""
+
+    def __init__(self, labels: Tensor, num_examples: int) -> None:
+        if not isinstance(labels, Tensor):
+            raise TypeError(
+                f"labels must be a tensor of integers; got {type(labels).__name__}. Pass torch.tensor(labels)."
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers; got {labels.dtype}. Pass class numbers, one for each image.")
+        if labels.shape != (num_examples,):
+            raise ValueError(
+                f"labels must have shape ({num_examples},), one for each image; got {tuple(labels.shape)}."
+            )
+        if bool((labels < 0).any()):
+            raise ValueError(
+                f"labels must be at least 0; got {labels.min().item()}. Pass the true classes here: conditions are "
+                "dropped (-1) in the labels of a batch."
+            )
+        _, self.of_image, counts = labels.to("cpu", torch.int64).unique(return_inverse=True, return_counts=True)
+        self.images = self.of_image.argsort(stable=True).split(counts.tolist())
+        # Of each image, its place among those of its class.
+        self.place = torch.empty_like(self.of_image)
+        for images in self.images:
+            self.place[images] = torch.arange(len(images))
+
+    def draw(self, taken: Tensor, num_sources: int, count: int, draw: random.Random) -> Tensor:
+        """At most `count` images outside `taken`, of the classes of its first `num_sources`, shared out evenly."""
+        classes = self.of_image[taken]
+        needed = list(dict.fromkeys(classes[:num_sources].tolist()))
+        places = {c: self.place[taken[classes == c]] for c in needed}
+        free = {c: len(self.images[c]) - len(places[c]) for c in needed}
+        parts = []
+        # From the class with the fewest images left: what it lacks of an even share goes to those after it. Shares are
+        # a function of labels alone; were they one of the images, a class would no longer be exchangeable.
+        for position, c in enumerate(sorted(needed, key=free.__getitem__)):
+            share = min(free[c], count // (len(needed) - position))
+            parts.append(self.images[c][_outside(places[c], len(self.images[c]), share, draw)])
+            count -= share
+        return torch.cat(parts)
+
+
+def _outside(taken: Tensor, size: int, count: int, draw: random.Random) -> Tensor:
+    """`count` distinct integers below `size` that are not in `taken`, uniformly drawn and in random order."""
+    rank = torch.tensor(draw.sample(range(size - len(taken)), count), dtype=torch.int64)
+    # The r-th integer outside lies as many places further as there are taken ones before it.
+    gaps = taken.sort().values - torch.arange(len(taken))
+    return rank + torch.searchsorted(gaps, rank, right=True)
 
 
 class ReferenceBatchCollator:

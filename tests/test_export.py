@@ -114,7 +114,7 @@ def test_process_config_round_trip(process):
 @pytest.mark.parametrize("classes", [None, 3])
 def test_saved_folder_loads_and_samples_as_the_one_in_memory(name, channels, classes, tmp_path):
     pipeline = diffusers_pipeline(small_unet(channels, classes=classes), PROCESSES[name], metadata={"steps": 7})
-    save_pipeline(pipeline, tmp_path, raw_unet=small_unet(channels, classes=classes))
+    save_pipeline(pipeline, tmp_path, raw_network=small_unet(channels, classes=classes))
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(loaded) is type(pipeline)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
@@ -136,7 +136,7 @@ def test_saved_folder_loads_and_samples_as_the_one_in_memory(name, channels, cla
 def test_saving_replaces_the_pipeline_and_keeps_other_files(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / "checkpoint-5" / "kept").write_text("kept")
-    save_pipeline(diffusers_pipeline(small_unet(), VE()), tmp_path, raw_unet=small_unet())
+    save_pipeline(diffusers_pipeline(small_unet(), VE()), tmp_path, raw_network=small_unet())
     save_pipeline(diffusers_pipeline(small_unet(), EDM()), tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"checkpoint-5", "model_index.json", "scheduler", "unet"}

@@ -13,6 +13,7 @@ from stf_diffusers import (
     VP,
     FlowMatching,
     PerturbedBatch,
+    ReferenceBank,
     ReferenceBatchCollator,
     ReferenceBatchSampler,
     SchedulerProcess,
@@ -211,6 +212,36 @@ def test_dropped_labels_use_all_references():
     assert worst(batch.target, posterior(batch.noisy, reference, batch.alpha, batch.sigma, mask)[1]) < 1e-5
 
 
+@pytest.mark.parametrize("unconditional", [4, 9, 15])
+def test_dropped_labels_use_the_unconditional_references(unconditional):
+    """And rows of a class all of their class, also those beyond."""
+    labels = torch.tensor([0, -1, 2, -1])
+    batch, reference = conditional_batch(labels, num_unconditional=unconditional)
+    mask = labels[:, None] == CLASSES
+    mask[labels == -1, :unconditional] = True
+    assert mask.sum(1).tolist() == [6, unconditional, 3, unconditional]
+    assert worst(batch.target, posterior(batch.noisy, reference, batch.alpha, batch.sigma, mask)[1]) < 1e-5
+    same = {"labels": labels, "reference_labels": CLASSES, "num_unconditional": unconditional}
+    target = STFTrainingObjective(EDM(), "sample").target(
+        reference[:4], batch.noise, batch.t, reference=reference, **same
+    )
+    assert torch.equal(target, batch.target)
+
+
+def test_unconditional_references_and_a_source_elsewhere():
+    """Dropped rows keep their own source, and use no other reference beyond, whatever its label."""
+    reference, index = images(15, 2, 3, 3), torch.tensor([2, 11])
+    classes = CLASSES.masked_fill(torch.arange(15) == 13, -1)
+    objective = STFTrainingObjective(EDM(), "sample")
+    batch = objective.perturb(
+        reference[index], reference=reference, labels=torch.tensor([-1, -1]), reference_labels=classes,
+        source_index=index, num_unconditional=6, t=torch.full((2,), 3.0), generator=seeded(0),
+    )  # fmt: skip
+    mask = (torch.arange(15) < 6).repeat(2, 1)
+    mask[1, 11] = True
+    assert worst(batch.target, posterior(batch.noisy, reference, batch.alpha, batch.sigma, mask)[1]) < 1e-5
+
+
 @pytest.mark.parametrize("labelled", [False, True])
 def test_source_index(labelled):
     """Sources anywhere among the references give the same targets as sources in front."""
@@ -367,6 +398,22 @@ ERRORS = {
     ),
     "mismatched labels by index": (
         dict(reference=R, labels=I4, source_index=torch.arange(4), reference_labels=I12 + 1), ValueError, "labels differ"
+    ),
+    "unconditional without labels": (
+        dict(reference=R, num_unconditional=8), ValueError, "num_unconditional needs labels and reference_labels"
+    ),
+    "unconditional below B": (
+        dict(reference=R, labels=I4, reference_labels=I12, num_unconditional=3), ValueError, r"\[B, n\] = \[4, 12\]; got 3"
+    ),
+    "unconditional above n": (
+        dict(reference=R, labels=I4, reference_labels=I12, num_unconditional=13), ValueError, r"\[4, 12\]; got 13"
+    ),
+    "unconditional no number": (
+        dict(reference=R, labels=I4, reference_labels=I12, num_unconditional=8.0), TypeError, "must be an int; got float"
+    ),
+    "unconditional of a bank": (
+        dict(reference=ReferenceBank(R, I12), labels=I4, num_unconditional=8),
+        ValueError, "in a ReferenceBank, rows of label -1 use all. Leave it out"
     ),
     "noise shape": (dict(noise=normal(4, 1, 4, 4)), ValueError, r"noise must have the images' shape \(4, 3, 4, 4\)"),
     "one time": (dict(t=torch.tensor(1.0)), ValueError, r"one per image, shape \(4,\); got \(\)"),

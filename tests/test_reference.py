@@ -1,6 +1,9 @@
 """Which examples are read together, and how they are laid out: exchangeable sets, the sources first."""
 
 import itertools
+from collections import Counter, defaultdict
+from fractions import Fraction
+from math import comb
 
 import pytest
 import torch
@@ -149,12 +152,149 @@ def test_processes_share_an_epoch(processes):
     assert len(set(sources)) == len(sources)
 
 
+# ---- class-aware lists
+
+# (labels, B, n): many and few of a class, odd shares, a class that cannot fill its share, none that can, one image each.
+CLASS_CASES = {
+    "two classes": (torch.arange(60) % 2, 4, 20),
+    "many classes": (torch.arange(60) % 7, 4, 21),
+    "any numbers": (torch.arange(60) % 3 * 1000 + 5, 4, 20),
+    "rare class": ((torch.arange(60) % 20 > 0).long(), 4, 30),
+    "rare classes alone": (torch.arange(60) // 3, 2, 40),
+    "one image each": (torch.arange(60), 4, 30),
+    "one class": (torch.zeros(60, dtype=torch.int32), 4, 20),
+    "everything": (torch.arange(60) % 4, 4, 60),
+    "sources alone": (torch.arange(60) % 4, 5, 5),
+    "one more": (torch.arange(60) % 4, 5, 6),
+}
+
+
+def shares_by_filling(free, count):
+    """{class: images}: one at a time, to a class that has the fewest so far among those that still have some."""
+    shares = dict.fromkeys(free, 0)
+    while count and any(shares[c] < free[c] for c in free):
+        shares[min((c for c in free if shares[c] < free[c]), key=shares.get)] += 1
+        count -= 1
+    return shares
+
+
+@pytest.mark.parametrize("case", CLASS_CASES)
+def test_class_aware_lists(case):
+    """[B sources][u of all images][the sources' classes, evenly, as far as they go][any]: no repeats, length n."""
+    labels, batch, n = CLASS_CASES[case]
+    sampler, plain = ReferenceBatchSampler(60, batch, n, labels=labels), ReferenceBatchSampler(60, batch, n)
+    unconditional = sampler.num_unconditional
+    assert unconditional == batch + (n - batch) // 2 and plain.num_unconditional == n
+    assert sampler.batch_size == n and len(sampler) == len(plain)
+    for epoch in range(3):
+        for indices, uniform in zip(epoch_of(sampler, epoch), epoch_of(plain, epoch), strict=True):
+            assert len(indices) == len(set(indices)) == n
+            assert all(type(i) is int and 0 <= i < 60 for i in indices)
+            assert indices[:batch] == uniform[:batch]  # the sources do not depend on the labels
+            needed = set(labels[indices[:batch]].tolist())
+            before = Counter(labels[indices[:unconditional]].tolist())
+            free = {c: int((labels == c).sum()) - before[c] for c in needed}
+            drawn = Counter(labels[indices[unconditional:]].tolist())
+            got = {c: drawn[c] for c in needed}
+            expected = shares_by_filling(free, n - unconditional)
+            assert sum(got.values()) == sum(expected.values())
+            assert sorted(got.values()) == sorted(expected.values())
+            assert all(got[c] <= free[c] for c in needed)
+            if drawn.total() > sum(got.values()):  # others only where nothing of these classes is left
+                assert got == free
+
+
+def test_class_aware_lists_are_functions_of_seed_and_epoch():
+    labels = torch.arange(60) % 7
+
+    def sampler(**arguments):
+        return ReferenceBatchSampler(60, 4, 20, labels=labels, **arguments)
+
+    first = sampler(seed=1)
+    epochs = [list(first), list(first)]
+    second = sampler(seed=1)
+    assert [epoch_of(second, e) for e in (1, 0)] == [epochs[1], epochs[0]] and epochs[0] != epochs[1]
+    assert list(sampler(seed=2)) != epochs[0]
+    for start in range(len(epochs[1]) + 1):
+        assert epoch_of(sampler(seed=1), 1, start) == epochs[1][start:]
+    shards = [epoch_of(sampler(seed=1, num_processes=3, process_index=i), 1) for i in range(3)]
+    assert [indices for step in zip(*shards, strict=True) for indices in step] == epochs[1]
+
+
+TINY = torch.tensor([0, 0, 0, 1, 1, 2])
+
+
+def tiny_law(batch, n):
+    """{(sources in order, the u uniform, the class part, any): exact probability} for the classes of TINY.
+
+    Written from the description: each stage is uniform over all sets of its kind.
+    """
+    u, law = (n - batch) // 2, defaultdict(Fraction)
+    everything = set(range(6))
+    for sources in itertools.permutations(range(6), batch):
+        for uniform in itertools.combinations(sorted(everything - {*sources}), u):
+            left = everything - {*sources, *uniform}
+            needed = list(dict.fromkeys(TINY[list(sources)].tolist()))
+            of_class = {c: sorted(i for i in left if TINY[i] == c) for c in needed}
+            shares, count = {}, n - batch - u
+            for k, c in enumerate(sorted(needed, key=lambda c: len(of_class[c]))):
+                shares[c] = min(len(of_class[c]), count // (len(needed) - k))
+                count -= shares[c]
+            for parts in itertools.product(*(itertools.combinations(of_class[c], shares[c]) for c in needed)):
+                part = frozenset(itertools.chain(*parts))
+                for rest in itertools.combinations(sorted(left - part), count):
+                    chance = Fraction(1, 30 if batch == 2 else 6) / comb(6 - batch, u) / comb(len(left - part), count)
+                    for c in needed:
+                        chance /= comb(len(of_class[c]), shares[c])
+                    law[sources, frozenset(uniform), part | {*rest}] += chance
+    assert sum(law.values()) == 1
+    return law
+
+
+@pytest.mark.parametrize(("batch", "n"), [(1, 4), (2, 4), (2, 5)])
+def test_class_aware_lists_have_their_law(batch, n):
+    """Chi-square, p > 0.001, against the exact probabilities of all lists of six images; no list is impossible."""
+    law, counts = tiny_law(batch, n), Counter()
+    sampler = ReferenceBatchSampler(6, batch, n, labels=TINY)
+    for epoch in range(6000):
+        sampler.set_epoch(epoch, start=0)
+        indices = next(iter(sampler))  # the first alone: batches of an epoch have different sources
+        unconditional = sampler.num_unconditional
+        counts[tuple(indices[:batch]), frozenset(indices[batch:unconditional]), frozenset(indices[unconditional:])] += 1
+    assert set(counts) <= set(law)
+    expected = [6000 * float(p) for p in law.values()]
+    assert stats.chisquare([counts[key] for key in law], expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("batch", "n"), [(1, 4), (2, 4), (2, 5)])
+def test_class_aware_lists_are_exchangeable(batch, n):
+    """Exactly: given a class's images in the list, each is the source equally often; of all among the first B + u too."""
+    conditional, unconditional = defaultdict(Fraction), defaultdict(Fraction)
+    for (sources, uniform, part), chance in tiny_law(batch, n).items():
+        everyone = {*sources, *uniform, *part}
+        for place, source in enumerate(sources):
+            same = frozenset(i for i in everyone if TINY[i] == TINY[source])
+            conditional[place, same, source] += chance
+            unconditional[place, frozenset({*sources, *uniform}), source] += chance
+    for law in (conditional, unconditional):
+        for place, members in {key[:2] for key in law}:
+            assert len({law[place, members, source] for source in members}) == 1
+
+
 SAMPLER_ERRORS = {
     "no sources": ((10, 0, 5), {}, "1 <= batch_size <= reference_batch_size; got 0 and 5"),
     "fewer references than sources": ((10, 4, 3), {}, "got 4 and 3. Raise reference_batch_size"),
     "more references than images": ((10, 4, 11), {}, "reference_batch_size 11 exceeds the 10 images.*Use at most 10"),
     "process index": ((10, 2, 4), dict(num_processes=2, process_index=2), r"process_index must lie in \[0, 2\); got 2"),
     "negative process index": ((10, 2, 4), dict(process_index=-1), r"process_index must lie in \[0, 1\); got -1"),
+    "shared with labels": (
+        (10, 2, 6),
+        dict(num_processes=2, share_references=True, labels=torch.zeros(10, dtype=torch.int64)),
+        "cannot be shared by processes: .*use a ReferenceBank, or leave labels out",
+    ),
+    "labels of others": ((10, 2, 4), dict(labels=torch.arange(9)), r"labels must have shape \(10,\).*got \(9,\)"),
+    "one-hot labels": ((3, 2, 3), dict(labels=torch.eye(3).long()), r"labels must have shape \(3,\).*got \(3, 3\)"),
+    "dropped labels": ((10, 2, 4), dict(labels=torch.arange(10) - 1), "at least 0; got -1. Pass the true classes"),
     "no step for all": (
         (10, 4, 4),
         dict(num_processes=3),
@@ -168,6 +308,19 @@ def test_sampler_errors(case):
     arguments, keywords, message = SAMPLER_ERRORS[case]
     with pytest.raises(ValueError, match=message):
         ReferenceBatchSampler(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(10), "labels must be integers; got torch.float32"),
+        (torch.zeros(10, dtype=torch.bool), "labels must be integers; got torch.bool"),
+        ([0] * 10, r"tensor of integers; got list. Pass torch.tensor\(labels\)"),
+    ],
+)
+def test_sampler_label_types(labels, message):
+    with pytest.raises(TypeError, match=message):
+        ReferenceBatchSampler(10, 2, 4, labels=labels)
 
 
 # ---- through torch and Accelerate
