@@ -523,7 +523,7 @@ def load_latents(
     scale = choose_scale(vae, cache, sample)
     if args.pretrained_model_name_or_path:
         # The network knows the latents of its own pipeline, which are divided by this factor and no more.
-        factor = vae.config.get("scaling_factor", 1.0)
+        factor = vae.config.get("scaling_factor") or 1.0
         scale = LatentScale((0.0,) * len(scale.std), (1 / factor,) * len(scale.std))
     latents = LatentColumn(cache, scale, images.labels, sample=sample, seed=args.seed)
     return latents, fold_normalization(vae, scale)
@@ -869,7 +869,7 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
     logger.info(
         "%s on %s with %s; %d images of %s, %s; %.1f M parameters; %d steps of %d images on %d process(es).",
         args.objective.upper(), process, references, len(images), images.shape,
-        "in memory" if images.images is not None else "made as they are read",
+        "kept in memory" if images.images is not None else "made as they are read",
         network.num_parameters() / 1e6, max_steps, images_per_step, num_processes,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from test_training import TINY
+from test_training import TINY, tiny_autoencoder
 
 import train_unconditional_stf as script
 
@@ -22,9 +22,9 @@ CASES = {
     "label_column": ("--dataset_name {two} --image_column image --class_conditional --label_column label", "--label_column kind", "metadata num_classes"),
     "resolution": ("", "--resolution 16", "metadata image_shape"),
     "image_mode": ("", "--image_mode L", "metadata image_shape"),
-    "center_crop": (WIDE, "--center_crop", "log decoded in memory"),
+    "center_crop": (WIDE, "--center_crop", "log kept in memory"),
     "random_flip": ("", "--random_flip", "weights"),
-    "image_memory_gb": ("", "--image_memory_gb 1e-9", "log decoded as they are read"),
+    "image_memory_gb": ("", "--image_memory_gb 1e-9", "log made as they are read"),
     "dataloader_num_workers": ("", "--dataloader_num_workers 1", "same"),
     "objective": ("--noise_process ve", "--objective dsm", "weights"),
     "reference": ("", "--reference batch", "log read with each batch"),
@@ -40,6 +40,13 @@ CASES = {
     "beta_d": ("--noise_process vp", "--beta_d 5", "weights"),
     "beta_min": ("--noise_process vp", "--beta_min 1", "weights"),
     "epsilon_t": ("--noise_process vp", "--epsilon_t 0.3", "weights"),
+    "time_distribution": ("--noise_process flow", "--time_distribution logit_normal", "weights"),
+    "logit_mean": ("--noise_process flow --time_distribution logit_normal", "--logit_mean 1", "weights"),
+    "logit_std": ("--noise_process flow --time_distribution logit_normal", "--logit_std 3", "weights"),
+    "reorient": ("", "--reorient 0.5", "metadata reorient"),
+    "class_dropout": ("--class_conditional", "--class_dropout 0.5", "metadata null_label"),
+    "vae": ("", "--vae {vae} --noise_process vp", "metadata latent_std"),
+    "latents": ("--vae {vae} --noise_process vp", "--latents mean", "weights"),
     "model_config": ("", "--model_config {larger}", "weights"),
     "pretrained_model_name_or_path": ("--model_config", "--pretrained_model_name_or_path {trained}", "weights"),
     "class_conditional": ("", "--class_conditional", "metadata num_classes"),
@@ -128,6 +135,8 @@ def places(tmp_path_factory, image_folder):
         "larger": root / "larger.json",
     }
     found |= {"net": root / "net.json", "images": image_folder, "trained": root / "trained"}
+    tiny_autoencoder().save_pretrained(root / "vae")
+    found["vae"] = root / "vae"
     script.main([str(flag) for flag in base(found, root / "trained", "")])
     AcceleratorState._reset_state(True)
     return found

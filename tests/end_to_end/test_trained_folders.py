@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.xdist_group("trained_folders"), pytest.mark.usefixture
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 RUNS = [
     (process, channels, conditional)
-    for process in ("edm", "ve", "vp")
+    for process in ("edm", "ve", "vp", "flow")
     for channels in MODES
     for conditional in (False, True)
 ]

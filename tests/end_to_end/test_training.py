@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -29,6 +29,16 @@ TINY = {
     "norm_num_groups": 4,
     "dropout": 0.1,
 }
+
+
+def tiny_autoencoder():
+    """Of colour images, halving their sides; its weights are drawn, so that its latents mean nothing."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4, norm_num_groups=4, layers_per_block=1,
+    )  # fmt: skip
+
 
 # Loads and samples a folder in a process that cannot import stf_diffusers.
 PLAIN_DIFFUSERS = """
@@ -90,6 +100,8 @@ PAIRWISE = [
     ("ve", "dsm", 1, "no"),
     ("vp", "stf", 4, "no"),
     ("vp", "dsm", 1, "bf16"),
+    ("flow", "stf", 1, "bf16"),
+    ("flow", "dsm", 4, "no"),
 ]
 
 
@@ -116,7 +128,7 @@ def test_train_save_load_sample(process, objective, accumulation, precision, fla
     assert np.isfinite(pipe(batch_size=2, num_inference_steps=3, output_type="np").images).all()
 
 
-@pytest.mark.parametrize("process", ["edm", "ve", "vp"])
+@pytest.mark.parametrize("process", ["edm", "ve", "vp", "flow"])
 def test_plain_diffusers_gives_the_same_images(process, flags, tmp_path):
     """In a process that cannot import the package, one seed gives what it gives here."""
     script.main(flags("--noise_process", process, "--max_train_steps", 1))
