@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from scipy import stats
 
-from stf_diffusers import EDM, VE, VP, FlowMatching
+from stf_diffusers import EDM, VE, VP, FlowMatching, SchedulerProcess
 from stf_diffusers.export import (
     METADATA_KEY,
     diffusers_pipeline,
@@ -21,7 +21,7 @@ from stf_diffusers.export import (
     trained_betas,
 )
 
-PROCESSES = {"edm": EDM(sigma_data=0.6), "ve": VE(), "vp": VP()}
+PROCESSES = {"edm": EDM(sigma_data=0.6), "ve": VE(), "vp": VP(), "flow": FlowMatching()}
 
 
 def small_unet(channels=1, size=4, classes=None):
@@ -59,7 +59,10 @@ class ExactUNet(UNet2DModel):
         return self
 
     def forward(self, sample, timestep, class_labels=None, return_dict=True):
-        ratio = noise_to_signal(self.name, torch.as_tensor(timestep).reshape(-1)[:1].expand(len(sample)))[:, None]
+        timestep = torch.as_tensor(timestep).reshape(-1)[:1].expand(len(sample))
+        if self.name == "flow":
+            return UNet2DOutput(sample=self.velocity(sample, timestep.double() / 1000)) if return_dict else None
+        ratio = noise_to_signal(self.name, timestep)[:, None]
         data_std = 0.6 if self.name == "edm" else 1.0
         unscaled = sample.double().flatten(1) * (ratio**2 + data_std**2).sqrt()  # x0 + ratio * noise
         distance = (unscaled[:, None] - self.points.flatten(1)).square().sum(2)
@@ -71,6 +74,13 @@ class ExactUNet(UNet2DModel):
             output = (unscaled - denoised) / ratio
         output = output.reshape(sample.shape).to(sample.dtype)
         return UNet2DOutput(sample=output) if return_dict else (output,)
+
+    def velocity(self, sample, t):
+        """noise - x0, also at t = 1, where nothing of the image is left."""
+        x, t = sample.double().flatten(1), t[:, None]
+        distance = (x[:, None] - (1 - t[:, None]) * self.points.flatten(1)).square().sum(2)
+        denoised = torch.softmax(-distance / (2 * t**2), 1) @ self.points.flatten(1)
+        return ((x - (1 - t) * denoised) / t - denoised).reshape(sample.shape).to(sample.dtype)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -104,7 +114,9 @@ def test_trained_betas_are_exact_in_float64():
     torch.testing.assert_close(((1 - signal) / signal).sqrt(), sigmas, rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize("process", [*PROCESSES.values(), EDM(p_mean=-0.4), VP(beta_d=10.0)])
+@pytest.mark.parametrize(
+    "process", [*PROCESSES.values(), EDM(p_mean=-0.4), FlowMatching("logit_normal", 0.5, 2.0), VP(beta_d=10.0)]
+)
 def test_process_config_round_trip(process):
     assert process_from_config(json.loads(json.dumps(process_to_config(process)))) == process
 
@@ -154,11 +166,11 @@ def test_a_failed_save_leaves_the_earlier_pipeline(tmp_path, monkeypatch):
 
 
 def test_errors_say_what_is_supported():
-    with pytest.raises(TypeError, match="EDM, VE or VP"):
-        sampling_scheduler(FlowMatching())
+    with pytest.raises(TypeError, match="EDM, VE, VP or FlowMatching"):
+        sampling_scheduler(SchedulerProcess(DDPMScheduler()))
     with pytest.raises(ValueError, match="trained with"):
         sampling_scheduler(VE(), sigma_max=50.0)
     with pytest.raises(TypeError, match="can be saved"):
-        process_to_config(FlowMatching())
-    with pytest.raises(ValueError, match="none of edm, ve, vp"):
+        process_to_config(SchedulerProcess(DDPMScheduler()))
+    with pytest.raises(ValueError, match="none of edm, ve, vp, flow"):
         process_from_config({"name": "cosine"})
