@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,24 +33,34 @@ def load_digits_dataset() -> datasets.Dataset:
 
 
 def load_train_split(
-    name: str | None, config_name: str | None = None, data_dir: str | None = None, cache_dir: str | None = None
-) -> datasets.Dataset:
-    """The training split of a Hub data set, a local folder, a parquet file, or a folder of images.
+    name: str | None,
+    config_name: str | None = None,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The training split of a Hub data set, a local folder, a parquet file, or a folder of images; with `streaming` as
+    an `IterableDataset`.
 
     Raises:
         ValueError: there is no split called "train", or no such data set.
     """
     if name is None and data_dir is None:
-        return load_digits_dataset()
+        digits = load_digits_dataset()
+        return digits.to_iterable_dataset() if streaming else digits
+    how = {"cache_dir": cache_dir, "streaming": streaming}
     try:
         if name is None:
-            loaded = datasets.load_dataset("imagefolder", data_dir=data_dir, cache_dir=cache_dir)
+            loaded = datasets.load_dataset("imagefolder", data_dir=data_dir, **how)
         elif Path(name).is_file():
-            loaded = datasets.load_dataset(Path(name).suffix.lstrip("."), data_files=name, cache_dir=cache_dir)
+            loaded = datasets.load_dataset(Path(name).suffix.lstrip("."), data_files=name, **how)
         elif (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
             loaded = datasets.load_from_disk(name)
+            if streaming:
+                splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+                loaded = {split: part.to_iterable_dataset() for split, part in splits.items()}
         else:
-            loaded = datasets.load_dataset(with_owner(name), config_name, cache_dir=cache_dir)
+            loaded = datasets.load_dataset(with_owner(name), config_name, **how)
     # Anything may go wrong with files and servers; what goes wrong has to name the data set.
     except Exception as error:
         where = f"--train_data_dir {data_dir}" if name is None else f"--dataset_name {name}"
@@ -80,7 +90,9 @@ def with_owner(name: str) -> str:
         ) from error
 
 
-def find_column(dataset: datasets.Dataset, kind: type, requested: str | None, flag: str) -> str | None:
+def find_column(
+    dataset: datasets.Dataset | datasets.IterableDataset, kind: type, requested: str | None, flag: str
+) -> str | None:
     """The column that holds `kind` (datasets.Image or datasets.ClassLabel): the one requested, or the only one.
 
     Returns None where there is no candidate.
@@ -158,14 +170,21 @@ class ImageReader:
 
 
 def make_reader(
-    dataset: datasets.Dataset, column: str, mode: str | None, resolution: int | None, center_crop: bool
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    column: str,
+    mode: str | None,
+    resolution: int | None,
+    center_crop: bool,
 ) -> ImageReader:
     """A reader for this data set; mode and resolution, where not given, are those of its first image.
 
     Raises:
         ValueError: the first image is not square and no resolution is given.
     """
-    first = decode(dataset, column, [0])[0]
+    if isinstance(dataset, datasets.IterableDataset):
+        first = next(iter(dataset), {column: None})[column]
+    else:
+        first = decode(dataset, column, [0])[0]
     if not isinstance(first, Image.Image):
         raise ValueError(f"column {column!r} holds {type(first).__name__}, not images. Choose one with --image_column.")
     if resolution is None and first.width != first.height:
@@ -293,9 +312,15 @@ def read_row(reader: ImageReader, row: int, image: Image.Image | None, draw: ran
 def measure_standard_deviation(images: ImageColumn, at_most: int = 10_000) -> float:
     """Standard deviation over all pixels in [-1, 1] of `at_most` evenly spaced images: EDM's sigma_data."""
     rows = np.unique(np.linspace(0, len(images) - 1, min(len(images), at_most)).astype(int)).tolist()
+    return standard_deviation(
+        images.__getitems__(rows[start : start + 500])["images"] for start in range(0, len(rows), 500)
+    )
+
+
+def standard_deviation(batches: Iterable[Tensor]) -> float:
+    """Standard deviation over all pixels in [-1, 1] of uint8 images (n, C, H, W)."""
     counts = torch.zeros(256, dtype=torch.float64)
-    for start in range(0, len(rows), 500):
-        batch = images.__getitems__(rows[start : start + 500])["images"]
+    for batch in batches:
         counts += torch.bincount(batch.flatten().to(torch.int64), minlength=256).to(torch.float64)
     weights = counts / counts.sum()
     values = torch.arange(256, dtype=torch.float64) / 127.5 - 1

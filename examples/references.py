@@ -17,6 +17,7 @@ from image_data import ImageColumn
 from latents import LatentColumn
 from stf_diffusers import ReferenceBank, ReferenceBatchSampler, SharedReferences
 from stf_diffusers.reference_bank import Augmentation
+from streaming import ImageStream
 
 BANK_FILE = "reference_bank.safetensors"
 
@@ -25,13 +26,13 @@ BANK_FILE = "reference_bank.safetensors"
 class References:
     """The references of a run.
 
-    `kind` is "none" (DSM), "batch" or "bank"; `n` the number of references behind each target; `sampler` lists the
-    images of each micro-batch, sources first; `bank` is the bank, where there is one.
+    `kind` is "none" (DSM), "batch", "bank" or "stream"; `n` the number of references behind each target; `sampler` lists the
+    images of each micro-batch, sources first, and is None where a stream brings them; `bank` is the bank, where there is one.
     """
 
     kind: str
     n: int
-    sampler: ReferenceBatchSampler
+    sampler: ReferenceBatchSampler | None
     bank: ReferenceBank | None
     shared: bool
     place: str = ""
@@ -53,7 +54,7 @@ class References:
             "reference": batch["reference_images"],
             "labels": labels,
             "reference_labels": batch.get("reference_labels"),
-            "num_unconditional": None if labels is None else self.sampler.num_unconditional,
+            "num_unconditional": None if labels is None or self.sampler is None else self.sampler.num_unconditional,
         }
 
     def __str__(self) -> str:
@@ -61,6 +62,7 @@ class References:
             return "no references"
         where = {
             "batch": "shared by all processes" if self.shared else "read with each batch",
+            "stream": "the buffer of the stream",
             "bank": "a bank of all images" + (", a part on each process" if self.shared else ""),
         }[self.kind]
         size = f", {self.bank.nbytes / 2**20:.1f} MiB {self.place} for each process" if self.bank is not None else ""
@@ -68,13 +70,16 @@ class References:
 
 
 def choose_references(
-    args: argparse.Namespace, images: ImageColumn | LatentColumn, accelerator: Accelerator
+    args: argparse.Namespace, images: ImageColumn | LatentColumn | ImageStream, accelerator: Accelerator
 ) -> References:
     """The references that the flags ask for; by default a bank where one fits, else batches of up to 4,096.
 
     Raises:
         ValueError: a bank of images that are cropped at random, or more references than there are images.
     """
+    if isinstance(images, ImageStream):
+        kind = "none" if args.objective == "dsm" else "stream"
+        return References(kind, images.num_references if kind == "stream" else 1, None, None, False)
     rank, world = accelerator.process_index, accelerator.num_processes
     size, total = args.train_batch_size, len(images)
     shared = args.share_reference and world > 1

@@ -69,6 +69,7 @@ from image_data import (
     load_train_split,
     make_reader,
     measure_standard_deviation,
+    standard_deviation,
 )
 from latents import LatentColumn, LatentScale, choose_scale, encode_all, fold_normalization, load_autoencoder
 from post_hoc_ema import SNAPSHOTS, PostHocAverages
@@ -87,6 +88,7 @@ from stf_diffusers.export import (
 )
 from stf_diffusers.model_card import model_card
 from stop_signal import REQUEUE_EXIT_CODE, StopSignal
+from streaming import ImageStream
 from training_log import TargetShare, TrainingLog, tracker_may_fail
 
 # As a script this module is "__main__"; its siblings log under its name.
@@ -167,6 +169,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Decoded images are kept as uint8 by each process up to this size, else read anew each time.",
     )
     data.add_argument("--dataloader_num_workers", type=number(int, 0), default=0, help="Processes that read the data.")
+
+    data.add_argument(
+        "--streaming",
+        action="store_true",
+        help="Read the data set in order, without keeping it; needs --max_train_steps. References are the buffer, of "
+        "--reference_batch_size images, through which it is shuffled.",
+    )
 
     method = parser.add_argument_group("method")
     method.add_argument("--objective", choices=["stf", "dsm"], default="stf", help="dsm: without references.")
@@ -340,6 +349,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--dataset_name and --train_data_dir exclude each other.")
     if args.model_config and args.pretrained_model_name_or_path:
         parser.error("--model_config and --pretrained_model_name_or_path exclude each other.")
+    if args.streaming and args.max_train_steps is None:
+        parser.error("--streaming needs --max_train_steps: the length of a stream is not known.")
+    if args.streaming and (args.reference or args.share_reference):
+        parser.error(
+            "--streaming: references are the buffer of each process, from which its sources are drawn; others would bias "
+            "the target. Leave --reference and --share_reference out."
+        )
+    if args.streaming and (args.vae or args.dataloader_num_workers):
+        parser.error("--streaming reads images in the training process: leave --vae and --dataloader_num_workers out.")
     if args.class_dropout and not args.class_conditional:
         parser.error("--class_dropout needs --class_conditional.")
     if args.latents == "mean" and not args.vae:
@@ -379,7 +397,7 @@ def available_trackers() -> list[str]:
 
 
 def choose_process(
-    args: argparse.Namespace, images: ImageColumn | LatentColumn
+    args: argparse.Namespace, images: ImageColumn | LatentColumn | ImageStream
 ) -> tuple[EDM | VE | VP | FlowMatching, dict[str, Any]]:
     """The noise process, and the sampling range where the flags set one. A fine-tuned pipeline's own is the default.
 
@@ -404,8 +422,11 @@ def choose_process(
     foreign = sorted(given.keys() - PROCESS_PARAMETERS[name])
     if foreign:
         raise ValueError(f"--{foreign[0]} is no parameter of --noise_process {name}; leave it out.")
-    # Latents are normalised.
-    measured = 1.0 if isinstance(images, LatentColumn) else measure_standard_deviation(images) if name == "edm" else 0.0
+    measured = 1.0  # latents are normalised
+    if isinstance(images, ImageStream):
+        measured = standard_deviation([images.first_images])
+    elif isinstance(images, ImageColumn) and name == "edm":
+        measured = measure_standard_deviation(images)
     if isinstance(images, LatentColumn) and name == "edm" and "sigma_data" not in saved_process:
         given.setdefault("sigma_data", "auto")
     if given.get("sigma_data") == "auto":
@@ -529,42 +550,73 @@ def load_latents(
     return latents, fold_normalization(vae, scale)
 
 
-def load_images(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageColumn, int | None]:
+def load_images(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageColumn | ImageStream, int | None]:
     """The training images, decoded in memory where they fit, and the number of classes of a conditional run.
 
     Raises:
         ValueError: there are no images, or no labels where they are needed.
     """
+    where = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
     with accelerator.main_process_first():
-        dataset = load_train_split(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
-    if len(dataset) == 0:
+        dataset = load_train_split(*where, streaming=args.streaming)
+    if args.streaming and dataset.features is None:
+        raise ValueError("--streaming: the data set does not declare its columns. Use parquet or a folder of images.")
+    if not args.streaming and len(dataset) == 0:
         raise ValueError("the data set is empty.")
     column = find_column(dataset, datasets.Image, args.image_column, "--image_column")
     if column is None:
         raise ValueError(f"no column holds images among {dataset.column_names}; name one with --image_column.")
-    labels, num_classes, label_column = None, None, None
+    label_column = None
     if args.class_conditional or args.label_column:
         label_column = find_column(dataset, datasets.ClassLabel, args.label_column, "--label_column")
         if label_column is None:
             raise ValueError(f"--class_conditional: no class labels among {dataset.column_names}; see --label_column.")
-        if args.class_conditional:
-            labels = list(dataset[label_column])
-            if not all(isinstance(label, int) and label >= 0 for label in labels):
-                raise ValueError(f"labels in {label_column!r} must be integers from 0; remove rows without a label.")
-            num_classes = max(labels) + 1
-            if num_classes > len(labels):
-                raise ValueError(
-                    f"labels in {label_column!r} go up to {max(labels)}, for {len(labels)} images. Number the classes from 0."
-                )
-            alone = [label for label, count in Counter(labels).items() if count == 1]
-            if alone and args.objective == "stf":
-                logger.warning("Classes of a single image have the targets of denoising score matching: %s.", alone)
+    if not args.class_conditional:
+        label_column = None
     reader = make_reader(dataset, column, args.image_mode, args.resolution, args.center_crop)
+    if args.streaming:
+        classes = None if label_column is None else getattr(dataset.features[label_column], "num_classes", None)
+        if label_column is not None and classes is None:
+            raise ValueError(
+                f"--streaming: column {label_column!r} does not declare its number of classes (ClassLabel)."
+            )
+        stream = ImageStream(
+            dataset, column, label_column, reader, args.train_batch_size, args.reference_batch_size, args.seed,
+            accelerator.process_index, accelerator.num_processes,
+        )  # fmt: skip
+        return stream, classes
+    labels, num_classes = (None, None) if label_column is None else read_labels(args, dataset, label_column)
     quiet = not accelerator.is_local_main_process
     decoded = decode_all(dataset, column, reader, args.image_memory_gb * 2**30, quiet)
-    return ImageColumn(
-        dataset, column, reader, labels, decoded, args.seed, label_column if labels else None
-    ), num_classes
+    return ImageColumn(dataset, column, reader, labels, decoded, args.seed, label_column), num_classes
+
+
+def describe_images(images: ImageColumn | LatentColumn | ImageStream) -> str:
+    """How many images there are, and where they are kept."""
+    if isinstance(images, ImageStream):
+        return f"a stream of images of {images.shape}"
+    where = "kept in memory" if images.images is not None else "made as they are read"
+    return f"{len(images)} images of {images.shape}, {where}"
+
+
+def read_labels(args: argparse.Namespace, dataset: datasets.Dataset, column: str) -> tuple[list[int], int]:
+    """The labels of all images, and the number of classes.
+
+    Raises:
+        ValueError: they are not integers from 0, or there are more classes than images.
+    """
+    labels = list(dataset[column])
+    if not all(isinstance(label, int) and label >= 0 for label in labels):
+        raise ValueError(f"labels in {column!r} must be integers from 0; remove rows without a label.")
+    num_classes = max(labels) + 1
+    if num_classes > len(labels):
+        raise ValueError(
+            f"labels in {column!r} go up to {max(labels)}, for {len(labels)} images. Number the classes from 0."
+        )
+    alone = [label for label, count in Counter(labels).items() if count == 1]
+    if alone and args.objective == "stf":
+        logger.warning("Classes of a single image have the targets of denoising score matching: %s.", alone)
+    return labels, num_classes
 
 
 def seed_for(*parts: int) -> int:
@@ -610,14 +662,29 @@ def collate(collator: ReferenceBatchCollator, columns: dict[str, torch.Tensor]) 
 
 
 def batches_from(
-    position: int, loader: DataLoader, sampler: ReferenceBatchSampler
+    position: int,
+    args: argparse.Namespace,
+    images: ImageColumn | LatentColumn | ImageStream,
+    sampler: ReferenceBatchSampler | None,
+    device: torch.device,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches of this process from the given one on, epoch after epoch without end."""
-    epoch, start = divmod(position, len(sampler))
-    while True:
-        sampler.set_epoch(epoch, start)
-        yield from loader
-        epoch, start = epoch + 1, 0
+    if isinstance(images, ImageStream):
+        yield from images.batches_from(position)
+    elif sampler is not None:
+        loader = DataLoader(
+            images,
+            batch_sampler=sampler,
+            collate_fn=partial(collate, ReferenceBatchCollator(args.train_batch_size)),
+            num_workers=args.dataloader_num_workers,
+            persistent_workers=args.dataloader_num_workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+        epoch, start = divmod(position, len(sampler))
+        while True:
+            sampler.set_epoch(epoch, start)
+            yield from loader
+            epoch, start = epoch + 1, 0
 
 
 def make_optimizer(
@@ -655,7 +722,7 @@ def describe_run(
     args: argparse.Namespace,
     accelerator: Accelerator,
     network: Network,
-    images: ImageColumn | LatentColumn,
+    images: ImageColumn | LatentColumn | ImageStream,
     references: References,
     conditioning: Conditioning,
     max_steps: int,
@@ -667,7 +734,7 @@ def describe_run(
         "reference_batch_size": references.n,
         "share_reference": references.shared,
         "num_processes": accelerator.num_processes,
-        "num_images": len(images),
+        "num_images": None if isinstance(images, ImageStream) else len(images),
         "data_digest": images.digest(),
         "num_classes": conditioning.num_classes,
         "null_label": conditioning.null_label,
@@ -815,10 +882,10 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
         logger.info("No checkpoint in %s yet: starting at step 0.", output_dir)
     if resume is None and not args.overwrite_output_dir:
         refuse_occupied(output_dir, args.resume_from_checkpoint)
-    images: ImageColumn | LatentColumn
+    images: ImageColumn | LatentColumn | ImageStream
     images, num_classes = load_images(args, accelerator)
     vae = None
-    if args.vae:
+    if isinstance(images, ImageColumn) and args.vae:
         images, vae = load_latents(args, images, accelerator)
     process, sampling_range = choose_process(args, images)
     objective = STFTrainingObjective(process)
@@ -828,19 +895,12 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
     # An impossible range or combination fails now, not after the training.
     diffusers_pipeline(network, process, vae=vae, **sampling_range)
     references = choose_references(args, images, accelerator)
-    loader = DataLoader(
-        images,
-        batch_sampler=references.sampler,
-        collate_fn=partial(collate, ReferenceBatchCollator(args.train_batch_size)),
-        num_workers=args.dataloader_num_workers,
-        persistent_workers=args.dataloader_num_workers > 0,
-        pin_memory=device.type == "cuda",
-    )
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     images_per_step = args.gradient_accumulation_steps * args.train_batch_size * num_processes
+    batches_per_epoch = 0 if references.sampler is None else len(references.sampler)
     max_steps = args.max_train_steps or math.ceil(
-        args.num_epochs * len(references.sampler) / args.gradient_accumulation_steps
+        args.num_epochs * batches_per_epoch / args.gradient_accumulation_steps
     )
     optimizer, lr_scheduler = make_optimizer(args, network, images_per_step, max_steps)
     model, optimizer, lr_scheduler = accelerator.prepare(network, optimizer, lr_scheduler)
@@ -867,9 +927,8 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
     if accelerator.is_main_process and args.overwrite_output_dir:  # nothing at the start can fail any more
         clear(output_dir)
     logger.info(
-        "%s on %s with %s; %d images of %s, %s; %.1f M parameters; %d steps of %d images on %d process(es).",
-        args.objective.upper(), process, references, len(images), images.shape,
-        "kept in memory" if images.images is not None else "made as they are read",
+        "%s on %s with %s; %s; %.1f M parameters; %d steps of %d images on %d process(es).",
+        args.objective.upper(), process, references, describe_images(images),
         network.num_parameters() / 1e6, max_steps, images_per_step, num_processes,
     )  # fmt: skip
 
@@ -918,7 +977,8 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
         accelerator.wait_for_everyone()
 
     log, target_share = TrainingLog(accelerator), TargetShare(device)
-    stream = batches_from(first_step * args.gradient_accumulation_steps, loader, references.sampler)
+    position = first_step * args.gradient_accumulation_steps
+    batches = batches_from(position, args, images, references.sampler, device)
     progress = tqdm(
         initial=first_step, total=max_steps, desc="Training", unit="step", disable=not accelerator.is_local_main_process
     )
@@ -927,7 +987,7 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
     for step in range(first_step + 1, max_steps + 1):
         for micro in range(args.gradient_accumulation_steps):
             started = time.perf_counter()
-            batch = next(stream)
+            batch = next(batches)
             log.waited(time.perf_counter() - started)
             draws = partial(seeded_generator, device, args.seed, process_index, step, micro)
             torch.manual_seed(seed_for(args.seed, process_index, step, micro, 2))  # dropout

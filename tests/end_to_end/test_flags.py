@@ -26,6 +26,7 @@ CASES = {
     "random_flip": ("", "--random_flip", "weights"),
     "image_memory_gb": ("", "--image_memory_gb 1e-9", "log made as they are read"),
     "dataloader_num_workers": ("", "--dataloader_num_workers 1", "same"),
+    "streaming": ("", "--streaming", "metadata reference"),
     "objective": ("--noise_process ve", "--objective dsm", "weights"),
     "reference": ("", "--reference batch", "log read with each batch"),
     "reference_batch_size": ("--noise_process ve", "--reference_batch_size 5", "weights"),

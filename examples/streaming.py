@@ -1,0 +1,144 @@
+"""Images from a stream, and the references that come with them: the buffer that shuffles it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch import Tensor
+
+from image_data import ImageReader, read_row
+
+
+class ImageStream:
+    """A data set that is read in order, again and again, through a buffer of n images.
+
+    At each step B places of the buffer are drawn uniformly: their images are the sources, all n images are the references,
+    and then the next B of the stream take their places. So a source is any image of its reference set with the same
+    probability, whatever the order of the stream: the condition under which the target is unbiased. (With a queue of past
+    images instead, a stream in sorted order would be biased.) Every draw is a function of the seed and the step, and a
+    stream can be entered anywhere by reading it up to there, without decoding.
+
+    Args:
+        dataset: the stream; each process reads its part of it.
+        column: of images.
+        label_column: of class labels, or None.
+        reader: how images are read.
+        batch_size: B.
+        buffer_size: n; None: 4,096, or all images where there are fewer.
+        seed: of the order of shards, random crops and draws of places.
+        process_index, num_processes: of this process.
+
+    Raises:
+        ValueError: fewer images than the buffer needs, or images and labels that cannot be read. Later ones are read when
+            their turn comes.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        column: str,
+        label_column: str | None,
+        reader: ImageReader,
+        batch_size: int,
+        buffer_size: int | None,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self._dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        self.column, self.label_column, self.reader = column, label_column, reader
+        self.batch_size, self.seed = batch_size, seed
+        self._process_index, self._num_processes = process_index, num_processes
+        self._decoder = datasets.Image()
+        first = [example for example, _ in zip(self._one_pass(0), range(buffer_size or 4096), strict=False)]
+        self.num_references = buffer_size or len(first)
+        if len(first) < max(batch_size, self.num_references):
+            raise ValueError(
+                f"the stream has {len(first)} images for each process, fewer than the {max(batch_size, self.num_references)} "
+                "that its buffer holds. Lower --reference_batch_size or --train_batch_size."
+            )
+        self._examples = first
+        self._pixels = torch.empty((len(first), *self.shape), dtype=torch.uint8)
+        self._labels = torch.zeros(len(first), dtype=torch.int64)
+        for place in range(len(first)):
+            self._decode(place)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, R, R) of each image."""
+        return self.reader.channels, self.reader.resolution, self.reader.resolution
+
+    @property
+    def first_images(self) -> Tensor:
+        """(n, C, R, R) uint8, those that the buffer holds before the first step."""
+        return self._pixels
+
+    def digest(self) -> str:
+        """What tells this stream from another: a digest of the images and labels that it begins with."""
+        content = hashlib.sha256(f"{tuple(self._pixels.shape)}".encode())
+        content.update(self._pixels.numpy().data)
+        content.update(self._labels.numpy().data)
+        return content.hexdigest()[:16]
+
+    def _one_pass(self, number: int) -> Iterator[dict[str, Any]]:
+        """The examples of this process, as they are stored, with "index", their place in pass and process."""
+        shards = self._dataset.shuffle(seed=random.Random(f"{self.seed}/{number}").getrandbits(31), buffer_size=1)
+        part = split_dataset_by_node(shards, self._process_index, self._num_processes)
+        for index, example in enumerate(part):
+            yield {**example, "index": index, "pass": number}
+
+    def _endless(self) -> Iterator[dict[str, Any]]:
+        number = 0
+        while True:
+            yield from self._one_pass(number)
+            number += 1
+
+    def _decode(self, place: int) -> None:
+        example = self._examples[place]
+        index, draw = example["index"], random.Random(f"{self.seed}/{example['pass']}/{example['index']}")
+        try:
+            image = None if example[self.column] is None else self._decoder.decode_example(example[self.column])
+        except Exception as error:
+            raise ValueError(f"image {index} cannot be decoded: {error}. Repair it or leave it out.") from error
+        self._pixels[place] = read_row(self.reader, index, image, draw)
+        if self.label_column is not None:
+            label = example[self.label_column]
+            if not isinstance(label, int) or label < 0:
+                raise ValueError(f"image {index} has the label {label!r}. Labels are integers from 0.")
+            self._labels[place] = label
+
+    def batches_from(self, position: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of this process from the given one on, without end, as `ReferenceBatchCollator` lays them out: "images",
+        "reference_images", with labels "labels" and "reference_labels", and "index" of the sources.
+        """
+        stream = self._endless()
+        self._examples = [next(stream) for _ in range(self.num_references)]
+        stale = set(range(self.num_references)) if position else set()
+        step = 0
+        while True:
+            draw = random.Random(f"{self.seed}/{self._process_index}/{step}")
+            sources = draw.sample(range(self.num_references), self.batch_size)
+            if step >= position:
+                for place in stale:
+                    self._decode(place)
+                stale = set()
+                chosen = torch.tensor(sources)
+                others = torch.ones(self.num_references, dtype=torch.bool).index_fill_(0, chosen, False)
+                order = torch.cat([chosen, others.nonzero()[:, 0]])
+                pixels = self._pixels[order]
+                batch = {"images": pixels[: self.batch_size], "reference_images": pixels}
+                batch["index"] = torch.tensor([self._examples[place]["index"] for place in sources])
+                if self.label_column is not None:
+                    labels = self._labels[order]
+                    batch |= {"labels": labels[: self.batch_size], "reference_labels": labels}
+                yield batch
+            for place in sources:
+                self._examples[place] = next(stream)
+            stale |= set(sources)
+            step += 1

@@ -1,0 +1,204 @@
+"""Training from a stream: its law by enumeration, its order, an exact resume, and what is refused."""
+
+import itertools
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from test_training import TINY, launch, same, weights
+
+import train_unconditional_stf as script
+from image_data import ImageReader, load_train_split
+from stf_diffusers import VE, STFTrainingObjective
+from streaming import ImageStream
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
+
+
+@pytest.fixture
+def flags(tmp_path, image_folder):
+    (tmp_path / "net.json").write_text(json.dumps(TINY))
+    base = [
+        "--train_data_dir", image_folder, "--model_config", tmp_path / "net.json", "--output_dir", tmp_path / "run",
+        "--train_batch_size", 4, "--max_train_steps", 4, "--num_samples", 2, "--num_inference_steps", 2, "--streaming",
+        "--lr_warmup_steps", 0, "--learning_rate", 1e-3, "--report_to", "none", "--lr_scheduler", "constant",
+    ]  # fmt: skip
+    return lambda *more: [str(flag) for flag in (*base, *more)]
+
+
+def numbered(count, shards=1):
+    """`count` grey 2x2 images, all of whose pixels are the image's number; classes of two neighbours."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(count)})
+    pictures = [Image.fromarray(np.full((2, 2), index, dtype=np.uint8)) for index in range(count)]
+    rows = {"image": pictures, "label": [index // 2 for index in range(count)]}
+    return datasets.Dataset.from_dict(rows, features=features).to_iterable_dataset(num_shards=shards)
+
+
+def stream_of(dataset, batch_size, buffer_size, seed=0, rank=0, world=1, label_column="label"):
+    return ImageStream(
+        dataset, "image", label_column, ImageReader("L", 2, True), batch_size, buffer_size, seed, rank, world
+    )
+
+
+def take(stream, count, position=0):
+    return list(itertools.islice(stream.batches_from(position), count))
+
+
+def test_layout_and_every_image_once_in_a_pass_through_the_buffer():
+    batches = take(stream_of(numbered(40), 3, 10), 30)
+    seen = []
+    for batch in batches:
+        assert batch["reference_images"].shape == (10, 1, 2, 2)
+        assert torch.equal(batch["images"], batch["reference_images"][:3])
+        assert torch.equal(batch["reference_labels"], batch["reference_images"][:, 0, 0, 0].long() // 2)
+        assert torch.equal(batch["labels"], batch["reference_labels"][:3])
+        assert torch.equal(batch["index"], batch["images"][:, 0, 0, 0].long())
+        seen += batch["index"].tolist()
+    # What came in either left as a source or is in the buffer still: 10 + 30 * 3 images, the buffer before its last filling.
+    came_in = [number % 40 for number in range(10 + 29 * 3)]
+    held = batches[-1]["reference_images"][3:, 0, 0, 0].tolist()
+    assert sorted(seen + held) == sorted(came_in)
+
+
+def test_a_source_is_any_image_of_the_buffer_with_the_same_probability():
+    """Of a sorted stream too: the rank of the sources in their sets is uniform. Chi-square; fails one time in 10^4."""
+    from scipy import stats
+
+    ranks = []
+    for seed in range(60):
+        for batch in take(stream_of(numbered(60), 2, 6, seed), 20):
+            values = batch["reference_images"][:, 0, 0, 0]
+            ranks += (values[None] < values[:2, None]).sum(1).tolist()
+    counts = np.bincount(ranks, minlength=6)
+    assert len(ranks) == 2400 and stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_the_target_of_a_sorted_stream_is_unbiased_and_a_queue_of_the_past_is_not():
+    """By enumeration over every choice of places, for a stream of 5 images that goes round, with a buffer of 3: the mean
+    target at x_t is the mean source, weighted by how likely each choice gives x_t."""
+    points = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    x_t, sigma, steps = 1.7, 1.1, 4
+
+    def likelihood(source):
+        return torch.exp(-((x_t - source) ** 2) / (2 * sigma**2))
+
+    objective = STFTrainingObjective(VE(), prediction_type="sample")
+
+    def posterior_mean(source, references):
+        clean, noise = source.reshape(1, 1), ((x_t - source) / sigma).reshape(1, 1)
+        target = objective.target(
+            clean, noise, torch.tensor([sigma], dtype=torch.float64), reference=references.reshape(-1, 1)
+        )
+        return target.double().item()
+
+    of_sources, of_targets, total = 0.0, 0.0, 0.0
+    for choices in itertools.product(range(3), repeat=steps):
+        buffer, coming = [0, 1, 2], itertools.cycle([3, 4, 0, 1, 2])
+        for step, place in enumerate(choices):
+            source = points[buffer[place]]
+            if step == steps - 1:  # the last step of this history
+                others = [points[number] for slot, number in enumerate(buffer) if slot != place]
+                weight = likelihood(source).item()
+                of_sources += weight * source.item()
+                of_targets += weight * posterior_mean(source, torch.stack([source, *others]))
+                total += weight
+            buffer[place] = next(coming)
+    # A queue of the two images before, of the same stream read without a buffer: its last source is always image 4.
+    naive = posterior_mean(points[4], points[[4, 3, 2]])
+    assert abs(of_targets / total - of_sources / total) < 1e-6
+    assert abs(naive - points[4].item()) > 0.5
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_entered_anywhere(shards):
+    """Skipping is the same as reading, over the end of passes."""
+    whole = take(stream_of(numbered(23, shards=shards), 3, 7), 25)
+    for position in (1, 2, 9, 24):
+        rest = take(stream_of(numbered(23, shards=shards), 3, 7), 25 - position, position)
+        for here, there in zip(whole[position:], rest, strict=True):
+            assert all(torch.equal(here[key], there[key]) for key in here)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_processes_share_the_stream_out(shards):
+    parts = [take(stream_of(numbered(24, shards=shards), 3, 6, rank=rank, world=2), 2) for rank in range(2)]
+    values = [torch.cat([batch["reference_images"].flatten() for batch in part]).tolist() for part in parts]
+    assert not set(values[0]) & set(values[1])
+
+
+def test_trains_resumes_and_matches_what_is_not_interrupted(flags, tmp_path, caplog):
+    caplog.set_level("INFO")
+    more = ["--reference_batch_size", 9, "--random_flip", "--class_conditional", "--class_dropout", 0.3]
+    more += ["--checkpointing_steps", 2]
+    script.main(flags(*more, "--max_train_steps", 9))
+    assert (
+        "n = 9 references, the buffer of the stream" in caplog.text and "a stream of images of (3, 8, 8)" in caplog.text
+    )
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    script.main(flags(*more, "--max_train_steps", 4, "--output_dir", tmp_path / "stopped"))
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    argv = [*more, "--output_dir", tmp_path / "stopped", "--resume_from_checkpoint", "latest"]
+    script.main(flags(*argv, "--max_train_steps", 9))
+    assert same(weights(tmp_path / "run", "unet_raw"), weights(tmp_path / "stopped", "unet_raw"))
+    metadata = json.loads((tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text())["_stf"]
+    assert metadata["reference"] == "stream" and metadata["reference_batch_size"] == 9
+
+
+def test_two_processes(flags, tmp_path):
+    output = launch(flags("--reference_batch_size", 8), processes=2)
+    assert "the buffer of the stream" in output and (tmp_path / "run" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "save_to_disk", "digits"])
+def test_what_can_be_streamed(kind, tmp_path):
+    name = None
+    if kind != "digits":
+        rows = datasets.Dataset.from_list(list(numbered(6)), features=numbered(6).features)
+        name = str(tmp_path / ("data.parquet" if kind == "parquet" else "data"))
+        rows.to_parquet(name) if kind == "parquet" else rows.save_to_disk(name)
+    found = load_train_split(name, streaming=True)
+    assert isinstance(found, datasets.IterableDataset) and isinstance(next(iter(found))["image"], Image.Image)
+
+
+WRONG = {
+    "no end": (["--max_train_steps"], "--streaming needs --max_train_steps"),
+    "a bank": (["--reference", "bank"], "would bias"),
+    "shared": (["--share_reference"], "would bias"),
+    "latents": (["--vae", "x"], "leave --vae"),
+    "workers": (["--dataloader_num_workers", 2], "leave --vae and --dataloader_num_workers out"),
+    "too few": (["--reference_batch_size", 25], "the stream has 24 images for each process"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(case, flags, tmp_path, capsys):
+    more, message = WRONG[case]
+    argv = flags(*more)
+    if more == ["--max_train_steps"]:
+        at = argv.index("--max_train_steps")
+        argv = argv[:at] + argv[at + 2 : -1]
+    with pytest.raises((ValueError, SystemExit)) as refusal:
+        script.main(argv)
+    assert message in str(refusal.value) + capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_image_late_in_the_stream_is_named(tmp_path, flags):
+    rows = [{"image": {"bytes": example["image"]["bytes"], "path": None}} for example in raw(30)]
+    rows[25]["image"]["bytes"] = b"no image"
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data.parquet")
+    argv = [flag for flag in flags() if flag != "--train_data_dir"]
+    argv[0:1] = ["--dataset_name", str(tmp_path / "data.parquet")]
+    with pytest.raises(ValueError, match=r"image 25 cannot be decoded: .* Repair it or leave it out"):
+        script.main([*argv, "--reference_batch_size", "8", "--max_train_steps", "20", "--resolution", "8"])
+
+
+def raw(count):
+    return list(numbered(count).cast_column("image", datasets.Image(decode=False)))
