@@ -821,6 +821,16 @@ def check_writable(output_dir: Path) -> None:
         raise ValueError(f"--output_dir {output_dir}: {existing} is no folder that can be written to. Choose another.")
 
 
+def check_mode(mode: DistributedType, device: torch.device) -> None:
+    """Raise ValueError for a distributed mode or device that this script is not tested on."""
+    if mode not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(f"{mode.value} is not supported. Use data parallelism: choose it in `accelerate config`.")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"device {device.type} is not supported: targets need float64. Pass --cpu to `accelerate launch`."
+        )
+
+
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """The Accelerator of this run.
 
@@ -842,11 +852,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         # The schedule counts optimizer steps and is stepped once for each, whatever the number of processes.
         step_scheduler_with_optimizer=False,
     )
-    mode, device = accelerator.distributed_type, accelerator.device.type
-    if mode not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(f"{mode.value} is not supported. Use data parallelism: choose it in `accelerate config`.")
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device {device} is not supported: targets need float64. Pass --cpu to `accelerate launch`.")
+    check_mode(accelerator.distributed_type, accelerator.device)
     return accelerator
 
 

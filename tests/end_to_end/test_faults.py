@@ -78,6 +78,8 @@ def test_a_signal_before_the_first_step(flags, tmp_path):
     assert not list(tmp_path.glob("run/checkpoint-*"))
 
 
+# The tracker's own thread dies of it too.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_tracker_that_fails_midway_is_said_and_survived(small_disk, flags, tmp_path, caplog):
     """Its log folder is full after a moment."""
     logs = small_disk(16)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -175,6 +176,17 @@ def test_sampling_and_saving_leave_the_weights_alone(flags, tmp_path):
     )
     for name in ("unet", "unet_raw"):
         assert same(weights(tmp_path / "run", name), weights(tmp_path / "busy", name))
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "word"),
+    [(DistributedType.NO, "mps", "targets need float64"), (DistributedType.NO, "xpu", "targets need float64"),
+     (DistributedType.FSDP, "cuda", "data parallelism"), (DistributedType.DEEPSPEED, "cuda", "data parallelism")],
+)  # fmt: skip
+def test_devices_and_modes_that_are_refused(mode, device, word):
+    with pytest.raises(ValueError, match=word):
+        script.check_mode(mode, torch.device(device))
+    script.check_mode(DistributedType.MULTI_GPU, torch.device("cuda", 1))
 
 
 @pytest.mark.parametrize("mode", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
