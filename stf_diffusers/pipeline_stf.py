@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Optional
 
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DModel
@@ -69,11 +69,12 @@ class STFPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: UNet2DModel | None = None,
+        # Diffusers 0.36 cannot read `X | None`.
+        unet: Optional[UNet2DModel] = None,  # noqa: UP045
         scheduler: Any = None,
-        transformer: DiTTransformer2DModel | None = None,
-        vae: ModelMixin | None = None,
-        vqvae: ModelMixin | None = None,
+        transformer: Optional[DiTTransformer2DModel] = None,  # noqa: UP045
+        vae: Optional[ModelMixin] = None,  # noqa: UP045
+        vqvae: Optional[ModelMixin] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, transformer=transformer, vae=vae, vqvae=vqvae)
