@@ -36,8 +36,6 @@ class Conditioning:
     transformer: bool = False
 
     def __post_init__(self) -> None:
-        if self.class_dropout and self.num_classes is None:
-            raise ValueError("--class_dropout needs --class_conditional.")
         if self.transformer and self.reorient:
             raise ValueError("--reorient needs a UNet2DModel: a DiTTransformer2DModel has no labels left.")
         if self.transformer and (self.num_classes or 0) > DIT_NULL_LABEL:

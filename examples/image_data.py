@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -312,16 +312,16 @@ def read_row(reader: ImageReader, row: int, image: Image.Image | None, draw: ran
 def measure_standard_deviation(images: ImageColumn, at_most: int = 10_000) -> float:
     """Standard deviation over all pixels in [-1, 1] of `at_most` evenly spaced images: EDM's sigma_data."""
     rows = np.unique(np.linspace(0, len(images) - 1, min(len(images), at_most)).astype(int)).tolist()
-    return standard_deviation(
-        images.__getitems__(rows[start : start + 500])["images"] for start in range(0, len(rows), 500)
-    )
+    counts = torch.zeros(256, dtype=torch.int64)
+    for start in range(0, len(rows), 500):
+        batch = images.__getitems__(rows[start : start + 500])["images"]
+        counts += torch.bincount(batch.flatten().to(torch.int64), minlength=256)
+    return standard_deviation_of(counts)
 
 
-def standard_deviation(batches: Iterable[Tensor]) -> float:
-    """Standard deviation over all pixels in [-1, 1] of uint8 images (n, C, H, W)."""
-    counts = torch.zeros(256, dtype=torch.float64)
-    for batch in batches:
-        counts += torch.bincount(batch.flatten().to(torch.int64), minlength=256).to(torch.float64)
+def standard_deviation_of(levels: Tensor) -> float:
+    """Standard deviation in [-1, 1] of uint8 pixels, of which there are `levels` (256,) of each level."""
+    counts = levels.to(torch.float64)
     weights = counts / counts.sum()
     values = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     mean = (weights * values).sum()

@@ -132,11 +132,6 @@ def make_bank(
                 process_shard=shard,
                 quiet=not accelerator.is_main_process,
             )
-    if images.images is None and args.vae:
-        raise ValueError(
-            "--reference bank: latents are drawn, or mirrored, anew each time. Use --reference batch, or --latents mean "
-            "without --random_flip."
-        )
     if images.images is None:
         raise ValueError(
             "--reference bank: the images do not fit into --image_memory_gb, or are cropped at random. Raise it, pass "

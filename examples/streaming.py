@@ -12,7 +12,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
-from image_data import ImageReader, read_row
+from image_data import ImageReader, read_row, standard_deviation_of
 
 
 class ImageStream:
@@ -33,6 +33,9 @@ class ImageStream:
         buffer_size: n; None: 4,096, or all images where there are fewer.
         seed: of the order of shards, random crops and draws of places.
         process_index, num_processes: of this process.
+        num_classes: labels must lie below it.
+
+    Where there are several processes, `agree` has to follow.
 
     Raises:
         ValueError: fewer images than the buffer needs, or images and labels that cannot be read. Later ones are read when
@@ -50,11 +53,13 @@ class ImageStream:
         seed: int,
         process_index: int = 0,
         num_processes: int = 1,
+        num_classes: int | None = None,
     ) -> None:
         self._dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self.column, self.label_column, self.reader = column, label_column, reader
         self.batch_size, self.seed = batch_size, seed
         self._process_index, self._num_processes = process_index, num_processes
+        self._num_classes = num_classes
         self._decoder = datasets.Image()
         first = [example for example, _ in zip(self._one_pass(0), range(buffer_size or 4096), strict=False)]
         self.num_references = buffer_size or len(first)
@@ -68,23 +73,32 @@ class ImageStream:
         self._labels = torch.zeros(len(first), dtype=torch.int64)
         for place in range(len(first)):
             self._decode(place)
+        self.agree([self.summary()])
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, R, R) of each image."""
         return self.reader.channels, self.reader.resolution, self.reader.resolution
 
-    @property
-    def first_images(self) -> Tensor:
-        """(n, C, R, R) uint8, those that the buffer holds before the first step."""
-        return self._pixels
+    def summary(self) -> dict[str, Any]:
+        """What the processes have to agree on, of the images that the buffer holds before the first step."""
+        content = hashlib.sha256(self._pixels.numpy().data)
+        content.update(self._labels.numpy().data)
+        levels = torch.bincount(self._pixels.flatten().to(torch.int64), minlength=256)
+        return {"references": self.num_references, "digest": content.hexdigest(), "levels": levels}
+
+    def agree(self, summaries: list[dict[str, Any]]) -> None:
+        """Take one size of the buffer, one digest and one standard deviation from the summaries of all processes."""
+        self.num_references = min(summary["references"] for summary in summaries)
+        self._pixels, self._labels = self._pixels[: self.num_references], self._labels[: self.num_references]
+        self._digest = hashlib.sha256(repr([summary["digest"] for summary in summaries]).encode()).hexdigest()[:16]
+        self.standard_deviation = standard_deviation_of(
+            torch.stack([summary["levels"] for summary in summaries]).sum(0)
+        )
 
     def digest(self) -> str:
         """What tells this stream from another: a digest of the images and labels that it begins with."""
-        content = hashlib.sha256(f"{tuple(self._pixels.shape)}".encode())
-        content.update(self._pixels.numpy().data)
-        content.update(self._labels.numpy().data)
-        return content.hexdigest()[:16]
+        return self._digest
 
     def _one_pass(self, number: int) -> Iterator[dict[str, Any]]:
         """The examples of this process, as they are stored, with "index", their place in pass and process."""
@@ -109,8 +123,11 @@ class ImageStream:
         self._pixels[place] = read_row(self.reader, index, image, draw)
         if self.label_column is not None:
             label = example[self.label_column]
-            if not isinstance(label, int) or label < 0:
-                raise ValueError(f"image {index} has the label {label!r}. Labels are integers from 0.")
+            if not isinstance(label, int) or not 0 <= label < (self._num_classes or label + 1):
+                raise ValueError(
+                    f"image {index} has the label {label!r}. Labels are integers from 0, below the {self._num_classes} "
+                    "classes that the data set declares."
+                )
             self._labels[place] = label
 
     def batches_from(self, position: int) -> Iterator[dict[str, Tensor]]:

@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -69,9 +70,18 @@ from image_data import (
     load_train_split,
     make_reader,
     measure_standard_deviation,
-    standard_deviation,
 )
-from latents import LatentColumn, LatentScale, choose_scale, encode_all, fold_normalization, load_autoencoder
+from latents import (
+    LatentColumn,
+    LatentScale,
+    check_fit,
+    choose_scale,
+    digest_of_autoencoder,
+    digest_of_images,
+    encode_all,
+    fold_normalization,
+    load_autoencoder,
+)
 from post_hoc_ema import SNAPSHOTS, PostHocAverages
 from references import References, choose_references
 from stf_diffusers import EDM, VE, VP, FlowMatching, ReferenceBatchCollator, ReferenceBatchSampler, STFTrainingObjective
@@ -364,6 +374,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--latents needs --vae.")
     if args.vae and args.reorient:
         parser.error("--reorient turns images, and turned latents are no latents of turned images. Leave one out.")
+    drawn = args.vae and (args.latents == "sample" or args.random_flip)
+    if drawn and args.reference == "bank":
+        parser.error(
+            "--reference bank: latents are drawn, or mirrored, anew each time. Use --reference batch, or --latents mean "
+            "without --random_flip."
+        )
+    if drawn and args.train_batch_size == 1 and (args.objective == "dsm" or args.reference_batch_size == 1):
+        parser.error(
+            "--train_batch_size 1: latents are drawn as a function of the images read together, so a single one would "
+            "always be drawn the same. Use 2 or more, or --latents mean without --random_flip."
+        )
     if args.vae and args.reference_device == "disk":
         parser.error("--reference_device disk keeps images, not latents. Leave it out.")
     if args.objective == "dsm" and args.reference_batch_size is not None:
@@ -397,7 +418,7 @@ def available_trackers() -> list[str]:
 
 
 def choose_process(
-    args: argparse.Namespace, images: ImageColumn | LatentColumn | ImageStream
+    args: argparse.Namespace, images: ImageColumn | ImageStream
 ) -> tuple[EDM | VE | VP | FlowMatching, dict[str, Any]]:
     """The noise process, and the sampling range where the flags set one. A fine-tuned pipeline's own is the default.
 
@@ -424,10 +445,10 @@ def choose_process(
         raise ValueError(f"--{foreign[0]} is no parameter of --noise_process {name}; leave it out.")
     measured = 1.0  # latents are normalised
     if isinstance(images, ImageStream):
-        measured = standard_deviation([images.first_images])
-    elif isinstance(images, ImageColumn) and name == "edm":
+        measured = images.standard_deviation
+    elif name == "edm" and not args.vae:
         measured = measure_standard_deviation(images)
-    if isinstance(images, LatentColumn) and name == "edm" and "sigma_data" not in saved_process:
+    if args.vae and name == "edm" and "sigma_data" not in saved_process:
         given.setdefault("sigma_data", "auto")
     if given.get("sigma_data") == "auto":
         given["sigma_data"] = round(measured, 4)
@@ -461,6 +482,15 @@ def build_network(
             pretrained, subfolder="transformer" if transformer else "unet", use_safetensors=True, **where
         )
         conditioning = Conditioning(num_classes, args.class_dropout, args.reorient, transformer)
+        saved = read_metadata(pretrained, cache_dir=args.cache_dir) or {}
+        now = {"num_classes": num_classes, "class_dropout": args.class_dropout, "reorient": args.reorient}
+        for flag, value in now.items():
+            same = saved.get(flag) == value if flag == "num_classes" else bool(saved.get(flag)) == bool(value)
+            if flag in saved and not same:
+                raise ValueError(
+                    f"--{flag.replace('num_classes', 'class_conditional')}: the pretrained network's labels have other "
+                    f"meanings: {flag} was {saved[flag]} and is {value} now. Use the same."
+                )
     else:
         preset = "digits_12" if resolution <= 16 else "cifar10_32" if resolution <= 32 else "celeba_64"
         path = Path(args.model_config or Path(__file__).parent / "configs" / f"{preset}.json")
@@ -521,20 +551,21 @@ def build_network(
 
 
 def load_latents(
-    args: argparse.Namespace, images: ImageColumn, accelerator: Accelerator
+    args: argparse.Namespace, images: ImageColumn, vae: ModelMixin, accelerator: Accelerator
 ) -> tuple[LatentColumn, ModelMixin]:
     """The normalised latents of the images, encoded once, and the autoencoder that decodes them.
 
     Raises:
-        ValueError: the autoencoder does not fit the images.
+        ValueError: images that are cropped at random.
     """
-    output_dir = Path(args.output_dir)
+    # Named by what is in it: a run that is refused later has replaced nothing.
+    key = f"{digest_of_images(images)} {digest_of_autoencoder(vae)} {args.random_flip}"
+    name = f"latents-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     with accelerator.main_process_first():
-        vae = load_autoencoder(args.vae, args.cache_dir).to(accelerator.device)
         cache = encode_all(
             images,
             vae,
-            output_dir / "latents.safetensors",
+            Path(args.output_dir) / name,
             mirrored=args.random_flip,
             batch_size=args.train_batch_size,
             device=accelerator.device,
@@ -543,11 +574,29 @@ def load_latents(
     sample = args.latents == "sample"
     scale = choose_scale(vae, cache, sample)
     if args.pretrained_model_name_or_path:
-        # The network knows the latents of its own pipeline, which are divided by this factor and no more.
+        # The network knows the latents of its own autoencoder as they are.
         factor = vae.config.get("scaling_factor") or 1.0
         scale = LatentScale((0.0,) * len(scale.std), (1 / factor,) * len(scale.std))
     latents = LatentColumn(cache, scale, images.labels, sample=sample, seed=args.seed)
     return latents, fold_normalization(vae, scale)
+
+
+def load_vae(args: argparse.Namespace, device: torch.device) -> ModelMixin:
+    """The autoencoder.
+
+    Raises:
+        ValueError: it is none, or not that of the pipeline that is trained further.
+    """
+    vae = load_autoencoder(args.vae, args.cache_dir).to(device)
+    pretrained = args.pretrained_model_name_or_path
+    if pretrained:
+        own = load_autoencoder(pretrained, args.cache_dir).to(device)
+        if digest_of_autoencoder(own) != digest_of_autoencoder(vae):
+            raise ValueError(
+                f"--vae {args.vae}: the pretrained network knows the latents of its own pipeline's autoencoder, with their "
+                f"scale folded in. Pass --vae {pretrained}."
+            )
+    return vae
 
 
 def load_images(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageColumn | ImageStream, int | None]:
@@ -582,8 +631,9 @@ def load_images(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Ima
             )
         stream = ImageStream(
             dataset, column, label_column, reader, args.train_batch_size, args.reference_batch_size, args.seed,
-            accelerator.process_index, accelerator.num_processes,
+            accelerator.process_index, accelerator.num_processes, classes,
         )  # fmt: skip
+        stream.agree(gather_object([stream.summary()]))
         return stream, classes
     labels, num_classes = (None, None) if label_column is None else read_labels(args, dataset, label_column)
     quiet = not accelerator.is_local_main_process
@@ -737,11 +787,11 @@ def describe_run(
         "num_images": None if isinstance(images, ImageStream) else len(images),
         "data_digest": images.digest(),
         "num_classes": conditioning.num_classes,
-        "null_label": conditioning.null_label,
+        "null_label": conditioning.null_label if args.class_dropout else None,
         "image_shape": list(images.shape),
     }
     if isinstance(images, LatentColumn):
-        run |= {"vae": args.vae, "latent_mean": list(images.scale.mean), "latent_std": list(images.scale.std)}
+        run |= {"latent_mean": list(images.scale.mean), "latent_std": list(images.scale.std)}
     settings = {name: getattr(args, name) for name in NOTICED_FLAGS} | {"mixed_precision": accelerator.mixed_precision}
     settings |= {name: value for name, value in network.config.items() if not name.startswith("_")}
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
@@ -776,11 +826,13 @@ def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 def data_name(args: argparse.Namespace) -> str:
-    """The data as the model card calls it: of a local path, the last part only."""
-    name = args.dataset_name or args.train_data_dir
-    if name is None:
-        return "scikit-learn's handwritten digits"
-    return Path(name).resolve().name if Path(name).exists() else name
+    """The data as the model card calls it."""
+    return public_name(args.dataset_name or args.train_data_dir) or "scikit-learn's handwritten digits"
+
+
+def public_name(name: str | None) -> str | None:
+    """A name on the Hub as it is; of a local path, the last part only."""
+    return Path(name).resolve().name if name is not None and Path(name).exists() else name
 
 
 def refuse_occupied(output_dir: Path, requested: str | None) -> None:
@@ -890,16 +942,18 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
         refuse_occupied(output_dir, args.resume_from_checkpoint)
     images: ImageColumn | LatentColumn | ImageStream
     images, num_classes = load_images(args, accelerator)
-    vae = None
-    if isinstance(images, ImageColumn) and args.vae:
-        images, vae = load_latents(args, images, accelerator)
     process, sampling_range = choose_process(args, images)
     objective = STFTrainingObjective(process)
+    vae, shape = load_vae(args, device) if args.vae else None, images.shape
+    if isinstance(images, ImageColumn) and vae is not None:
+        shape, _ = check_fit(vae, images)
 
     torch.manual_seed(seed_for(args.seed))
-    network, conditioning = build_network(args, images.shape, num_classes)
+    network, conditioning = build_network(args, shape, num_classes)
     # An impossible range or combination fails now, not after the training.
     diffusers_pipeline(network, process, vae=vae, **sampling_range)
+    if isinstance(images, ImageColumn) and vae is not None:
+        images, vae = load_latents(args, images, vae, accelerator)
     references = choose_references(args, images, accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -930,8 +984,12 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
         remove_leftovers(output_dir)
     accelerator.wait_for_everyone()
     start_trackers(args, accelerator)
-    if accelerator.is_main_process and args.overwrite_output_dir:  # nothing at the start can fail any more
-        clear(output_dir)
+    if accelerator.is_main_process:  # nothing at the start can fail any more
+        if args.overwrite_output_dir:
+            clear(output_dir)
+        for path in output_dir.glob("latents-*.safetensors"):
+            if not isinstance(images, LatentColumn) or path != images.cache.path:
+                path.unlink()
     logger.info(
         "%s on %s with %s; %s; %.1f M parameters; %d steps of %d images on %d process(es).",
         args.objective.upper(), process, references, describe_images(images),
@@ -945,7 +1003,7 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
         if ema is not None:
             ema.copy_to(averaged.parameters())
         metadata = {**manifest["run"], "steps": step, "images_seen": step * images_per_step}
-        metadata |= {"dataset": data_name(args), "license": args.model_license}
+        metadata |= {"dataset": data_name(args), "license": args.model_license, "vae": public_name(args.vae)}
         return diffusers_pipeline(averaged, process, vae=vae, metadata=metadata, **sampling_range)
 
     def save_grid(pipeline: DiffusionPipeline, step: int) -> Path:

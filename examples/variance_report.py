@@ -224,19 +224,19 @@ def advise(rows: Sequence[TargetVariance], drawn: Tensor) -> Advice:
     return Advice(removed, n, low, high, inside.double().mean().item())
 
 
-def shown(estimate: Estimate) -> str:
-    """An estimate as the report prints it."""
-    return f"{estimate.value:.4g} ± {estimate.standard_error:.2g}"
+def shown(estimate: Estimate) -> list[str]:
+    """An estimate and its standard error as the report prints them."""
+    return [f"{value:.{digits}g}" if value >= 1e-9 else "0" for value, digits in zip(estimate, (4, 2), strict=True)]
 
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #555; font-size: 0.9rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; white-space: nowrap; }
-th, td { padding: 0.25rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; }
-.advice { background: #f3f6fa; border-left: 4px solid #4477aa; padding: 0.5rem 1rem; }
-code { overflow-wrap: anywhere; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; line-height: 1.25; }
+th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; }
+td { white-space: nowrap; } .advice { background: #f3f6fa; border-left: 4px solid #4477aa; padding: 0.5rem 1rem; }
+small { color: #666; } code { overflow-wrap: anywhere; }
 """
 
 
@@ -259,7 +259,7 @@ def advice_lines(advice: Advice, data: Data, args: argparse.Namespace) -> list[s
         f"{args.min_noise_level:g} to {args.max_noise_level:g} measured). The rule: they remove at least half of the "
         f"variance, and it is at least {100 * NOTICEABLE:.0f} % of the largest in the loss.",
         f"<strong>{100 * advice.coverage:.1f} % of the noise levels that <code>{args.noise_process}</code> draws in training "
-        "lie there.</strong> In the other steps the targets are those of denoising score matching, or nearly.",
+        "lie there.</strong> At the others there is little variance to remove.",
     ]
 
 
@@ -268,7 +268,8 @@ def table(rows: Sequence[TargetVariance]) -> str:
     lines = ["".join(f'<th scope="col">{html.escape(head)}</th>' for head in heads)]
     for row in rows:
         estimates = [row.effective_sample_size, row.divergence, row.dsm, *row.stf.values()]
-        cells = [f"{row.noise_level:.4g}", f"{row.time:.4g}", *map(shown, estimates)]
+        cells = [f"{row.noise_level:.4g}", f"{row.time:.4g}"]
+        cells += ["{}<br><small>± {}</small>".format(*shown(estimate)) for estimate in estimates]
         lines.append("".join(f"<td>{cell}</td>" for cell in cells))
     head, *body = (f"<tr>{line}</tr>" for line in lines)
     return f"<table>\n<thead>{head}</thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody>\n</table>"
@@ -365,7 +366,7 @@ x<sub>t</sub> at each of {len(rows)} noise levels; seed {args.seed}.</p>
 <h2>Figures</h2>
 {chr(10).join(map(str, pictures))}
 <h2>Numbers</h2>
-<p>Estimate ± standard error over the draws. Variances are traces over the dimensions of an image, in units of x0², for
+<p>Estimates, and below them their standard errors over the draws; below 10⁻⁹ printed as 0. Variances are traces over the dimensions of an image, in units of x0², for
 pixels in [−1, 1].</p>
 <div class="wide">
 {table(rows)}

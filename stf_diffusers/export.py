@@ -204,6 +204,18 @@ def network_of(pipeline: DiffusionPipeline) -> Network:
     return pipeline.transformer if unet is None else unet
 
 
+@torch.no_grad()
+def image_shape(network: Network, vae: ModelMixin | None) -> tuple[int, int, int]:
+    """(C, H, W) of the images of a network, by a decode where `vae` decodes its latents."""
+    size, channels = network.config["sample_size"], network.config["in_channels"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if vae is None:
+        return channels, height, width
+    latents = torch.zeros((1, channels, height, width), dtype=vae.dtype, device=vae.device)
+    _, channels, height, width = vae.decode(latents).sample.shape
+    return channels, height, width
+
+
 def sampling_labels(network: Network, metadata: dict[str, Any]) -> list[int]:
     """The labels that a network can be sampled with: its classes, or [] for a network that takes none.
 
@@ -220,7 +232,9 @@ def sampling_labels(network: Network, metadata: dict[str, Any]) -> list[int]:
         return []
     if "num_classes" in metadata:
         count = metadata["num_classes"]
-        return list(range(count)) if count else [metadata.get("null_label") or 0]
+        if count:
+            return list(range(count))
+        return [DIT_NULL_LABEL if isinstance(network, DiTTransformer2DModel) else 0]
     return [label for label in range(embeddings) if label != metadata.get("null_label")]
 
 

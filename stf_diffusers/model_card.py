@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .export import (
     METADATA_KEY,
+    image_shape,
     network_of,
     process_from_config,
     process_to_config,
@@ -66,10 +67,10 @@ _ADVICE = {
     "which is far too few for this model.",
     "DDPMPipeline": "Without `num_inference_steps` the pipeline takes 1,000 steps; the multistep solver that is saved "
     "needs a few tens.",
-    "LDMPipeline": "The pipeline decodes with the autoencoder in `vqvae/`, which takes the latents as they were trained on: of "
-    "mean 0 and variance 1.",
-    "DiTPipeline": "Class 1000 stands for a dropped condition. The pipeline decodes with the autoencoder in `vae/`, which takes "
-    "the latents as they were trained on: of mean 0 and variance 1.",
+    "LDMPipeline": "The pipeline decodes with the autoencoder in `vqvae/`: the scale of the latents that the network was trained "
+    "on is part of it.",
+    "DiTPipeline": "Class 1000 stands for no class. The pipeline decodes with the autoencoder in `vae/`: the scale of the latents "
+    "that the network was trained on is part of it.",
 }
 
 
@@ -104,20 +105,14 @@ def model_card(
             (Heun, 18 steps, seeds 0 to 49,999) against the training split".
     """
     network = network_of(pipeline)
-    config = network.config
     metadata: dict[str, Any] = pipeline.scheduler.config.get(METADATA_KEY) or {}
     process = process_from_config(metadata["process"]) if "process" in metadata else pipeline.process
     saved = process_to_config(process)
-    size, channels = config["sample_size"], config["in_channels"]
-    height, width = (size, size) if isinstance(size, int) else size
     classes = sampling_labels(network, metadata)
     vae = next(
         (part for part in (getattr(pipeline, name, None) for name in ("vae", "vqvae")) if part is not None), None
     )
-    if vae is not None:
-        channels = vae.config.get("out_channels", channels)
-        factor = 2 ** (len(vae.config.get("block_out_channels", [0])) - 1)
-        height, width = height * factor, width * factor
+    channels, height, width = image_shape(network, vae)
     objective = metadata.get("objective", "stf" if "reference_batch_size" in metadata else None)
     rows = {
         "data": dataset or metadata.get("dataset"),

@@ -218,9 +218,10 @@ class STFPipeline(DiffusionPipeline):
     @property
     def channels(self) -> int:
         """Of the images."""
-        autoencoder = self.autoencoder
-        config = network_of(self).config if autoencoder is None else autoencoder.config
-        return int(config["in_channels" if autoencoder is None else "out_channels"])
+        if self.autoencoder is None:
+            return int(network_of(self).config["in_channels"])
+        config = self.autoencoder.config
+        return int(config.get("out_channels") or config["in_channels"])
 
     def _labels(self, class_labels: Any, batch_size: int, device: torch.device) -> Tensor | None:
         plain = sampling_labels(network_of(self), self.scheduler.config.get(METADATA_KEY) or {})

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"LDMPipeline does not shift latents; {args.vae} has a shift_factor. Pass another --vae.")
     split = load_split(args.dataset_name, args.train_data_dir)
     dataset = LatentDraws(vae, read_pixels(split, args.resolution, vae.config.in_channels))
-    sampler = ReferenceBatchSampler(len(dataset), args.train_batch_size, reference_batch_size=min(1024, len(dataset)))
+    sampler = ReferenceBatchSampler(len(dataset), args.train_batch_size, min(1024, len(dataset)), args.seed)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=ReferenceBatchCollator(args.train_batch_size))
 
     noise_scheduler = DDIMScheduler(clip_sample=False)

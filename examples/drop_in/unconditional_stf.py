@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return {"images": pixels / 127.5 - 1}
 
     dataset = images.with_transform(preprocess)
-    sampler = ReferenceBatchSampler(len(dataset), args.train_batch_size, reference_batch_size=min(1024, len(dataset)))
+    sampler = ReferenceBatchSampler(len(dataset), args.train_batch_size, min(1024, len(dataset)), args.seed)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=ReferenceBatchCollator(args.train_batch_size))
 
     noise_scheduler = DDPMScheduler(prediction_type=args.prediction_type)

@@ -1,6 +1,7 @@
 """Training with classes and their dropout, orientations, latents and a transformer: what is trained, saved and sampled."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import DiTTransformer2DModel, LDMPipeline
+from diffusers import AutoencoderDC, DiTTransformer2DModel, LDMPipeline
 from PIL import Image
 from test_training import TINY, same, tiny_autoencoder, weights
 
@@ -93,6 +94,9 @@ CASES = {
     "latents, edm": (["--vae", "{vae}"], "LDMPipeline"),
     "latents, flow, flips": (["--vae", "{vae}", "--noise_process", "flow", "--random_flip"], "LDMPipeline"),
     "latent means, ve": (["--vae", "{vae}", "--noise_process", "ve", "--latents", "mean"], "LDMPipeline"),
+    "latents of another kind": (
+        ["--vae", "{dc}", "--model_config", "{dit}", "--noise_process", "flow"], "DiTPipeline"
+    ),
     "transformer, vp": (["--vae", "{vae}", "--model_config", "{dit}", "--noise_process", "vp"], "DiTPipeline"),
     "transformer, flow, classes": (
         ["--vae", "{vae}", "--model_config", "{dit}", "--noise_process", "flow", "--class_conditional",
@@ -105,7 +109,14 @@ CASES = {
 def test_trained_saved_and_sampled(case, flags, tmp_path):
     """By plain Diffusers, as the card says, and by `STFPipeline`: the images of the training script's grid."""
     more, kind = CASES[case]
-    names = {"{vae}": tmp_path / "vae", "{dit}": tmp_path / "dit.json"}
+    names = {"{vae}": tmp_path / "vae", "{dit}": tmp_path / "dit.json", "{dc}": tmp_path / "dc"}
+    if "{dc}" in more:
+        torch.manual_seed(0)
+        AutoencoderDC(
+            latent_channels=4, attention_head_dim=4, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+            encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock", encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+        ).save_pretrained(tmp_path / "dc")  # fmt: skip
     script.main(flags(*(names.get(flag, flag) for flag in more)))
     run = tmp_path / "run"
     plain, said = sampled_by_plain_diffusers(run)
@@ -133,9 +144,10 @@ def test_latent_runs_resume_bit_for_bit(flags, tmp_path):
     script.main(flags(*more))
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    encoded = (tmp_path / "run" / "latents.safetensors").stat()
+    (cache,) = (tmp_path / "run").glob("latents-*.safetensors")
+    encoded = cache.stat()
     script.main(flags(*more, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"))
-    assert (tmp_path / "run" / "latents.safetensors").stat().st_mtime_ns == encoded.st_mtime_ns
+    assert cache.stat().st_mtime_ns == encoded.st_mtime_ns
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     script.main(flags(*more, "--max_train_steps", 4, "--output_dir", tmp_path / "whole"))
@@ -154,6 +166,48 @@ def test_fine_tuning_a_latent_model_keeps_its_scale(flags, tmp_path):
     z = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     scales = [part.config.scaling_factor for part in (before, after)]
     torch.testing.assert_close(before.decode(z / scales[0]).sample, after.decode(z / scales[1]).sample)
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match=r"knows the latents of its own .* Pass --vae"):
+        script.main([*argv, *map(str, more), "--vae", str(tmp_path / "vae"), "--overwrite_output_dir"])
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (["--class_conditional", "--class_dropout", 0.1], ["--class_conditional"], "class_dropout was 0.1 and is 0.0"),
+        (["--reorient", 0.5], ["--reorient", 0.5, "--class_conditional"], "num_classes was None and is 2"),
+        (["--class_conditional"], [], "num_classes was 2 and is None"),
+    ],
+)
+def test_labels_keep_their_meaning_in_fine_tuning(before, now, message, flags, tmp_path):
+    script.main(flags(*before, "--max_train_steps", 1))
+    AcceleratorState._reset_state(True)
+    argv = [flag for flag in flags() if flag not in ("--model_config", str(tmp_path / "net.json"))]
+    more = ["--pretrained_model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "second", *now]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        script.main([*argv, *map(str, more)])
+
+
+def test_a_transformer_without_dropout_is_not_guided(flags, tmp_path):
+    more = ["--model_config", tmp_path / "dit.json", "--vae", tmp_path / "vae", "--noise_process", "vp"]
+    script.main(flags(*more, "--class_conditional", "--max_train_steps", 1))
+    pipeline = quiet(STFPipeline.from_pretrained(tmp_path / "run"))
+    with pytest.raises(ValueError, match="null_label"):
+        pipeline(1, 2, class_labels=0, guidance_scale=2.0)
+
+
+def test_a_refused_run_replaces_no_latents(flags, tmp_path):
+    more = ["--vae", tmp_path / "vae", "--noise_process", "vp"]
+    script.main(flags(*more))
+    (cache,) = (tmp_path / "run").glob("latents-*.safetensors")
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        script.main(flags(*more, "--random_flip", "--resume_from_checkpoint", "latest"))
+    assert cache.exists()
+    AcceleratorState._reset_state(True)
+    script.main(flags(*more, "--resume_from_checkpoint", "latest", "--max_train_steps", 3))
+    assert list((tmp_path / "run").glob("latents-*.safetensors")) == [cache]
+    assert str(tmp_path) not in (tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text()
 
 
 def test_conditioning_draws():
@@ -207,8 +261,15 @@ WRONG = {
     "all classes dropped": (["--class_conditional", "--class_dropout", 1], "at most 0.99"),
     "latents without autoencoder": (["--latents", "mean"], "needs --vae"),
     "turned latents": (["--vae", "{vae}", "--reorient", 0.5], "turned latents are no latents"),
-    "latents on disk": (["--vae", "{vae}", "--reference", "bank", "--reference_device", "disk"], "keeps images"),
+    "latents on disk": (
+        ["--vae", "{vae}", "--latents", "mean", "--reference", "bank", "--reference_device", "disk"],
+        "keeps images",
+    ),
     "bank of drawn latents": (["--vae", "{vae}", "--reference", "bank", "--noise_process", "vp"], "latents are drawn"),
+    "always the same draw": (
+        ["--vae", "{vae}", "--train_batch_size", 1, "--objective", "dsm"],
+        "would always be drawn the same",
+    ),
     "classes of latents in a unet": (["--vae", "{vae}", "--class_conditional"], "Use a DiTTransformer2DModel"),
     "transformer of pixels": (["--model_config", "{dit}", "--noise_process", "vp"], "pass --vae"),
     "transformer on edm": (["--model_config", "{dit}", "--vae", "{vae}"], "--noise_process vp or flow"),
@@ -229,5 +290,4 @@ def test_wrong_input(case, flags, tmp_path, capsys):
     with pytest.raises((ValueError, OSError, SystemExit)) as refusal:
         script.main(argv)
     assert message in str(refusal.value) + capsys.readouterr().err
-    assert not (tmp_path / "run" / "model_index.json").exists()
-    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert not (tmp_path / "run").exists(), "said before anything is encoded"

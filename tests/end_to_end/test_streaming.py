@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -151,8 +153,24 @@ def test_trains_resumes_and_matches_what_is_not_interrupted(flags, tmp_path, cap
 
 
 def test_two_processes(flags, tmp_path):
-    output = launch(flags("--reference_batch_size", 8), processes=2)
-    assert "the buffer of the stream" in output and (tmp_path / "run" / "model_index.json").exists()
+    """One noise process and one buffer size, measured on the images of both; and an exact resume."""
+    more = ["--sigma_data", "auto", "--checkpointing_steps", 2]
+    output = launch(flags(*more), processes=2)
+    assert "n = 12 references, the buffer of the stream" in output
+    levels = np.concatenate([np.asarray(Image.open(path)).ravel() for path in Path(flags()[1]).rglob("*.png")])
+    config = json.loads((tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text())
+    assert config["sigma_data"] == pytest.approx(np.std(levels / 127.5 - 1), abs=1e-4)
+    ended = weights(tmp_path / "run", "unet_raw")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    assert "Resumed after step 2" in launch(flags(*more, "--resume_from_checkpoint", "latest"), processes=2)
+    assert same(ended, weights(tmp_path / "run", "unet_raw"))
+
+
+def test_labels_beyond_the_declared_classes_are_named(tmp_path):
+    dataset = numbered(6).map(lambda row: {**row, "label": 2 if row["label"] else 0}, features=numbered(6).features)
+    stream = ImageStream(dataset, "image", "label", ImageReader("L", 2, True), 1, 2, 0, num_classes=2)
+    with pytest.raises(ValueError, match=r"image 2 has the label 2\. Labels are integers from 0, below the 2 classes"):
+        take(stream, 5)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "save_to_disk", "digits"])
