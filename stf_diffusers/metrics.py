@@ -1,0 +1,217 @@
+"""Distances between sets of images, on features of them that somebody else computed.
+
+Numbers of a distance are comparable only where the features, the number of samples, the reference set and the sampler are
+the same; Fréchet and kernel distances of few samples say little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def _features(features: Tensor, name: str, at_least: int = 2) -> Tensor:
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name} must be a tensor (n, d); got {type(features).__name__}.")
+    if features.ndim != 2 or len(features) < at_least:
+        raise ValueError(f"{name} must have shape (n, d) with n of at least {at_least}; got {tuple(features.shape)}.")
+    features = features.to(torch.float64)
+    if not bool(features.isfinite().all()):
+        raise ValueError(f"{name} are not all finite.")
+    return features
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Number, mean (d,) and scatter matrix (d, d) of features, float64: what a Fréchet distance needs.
+
+    Statistics of parts merge into those of the whole: over batches, or over processes.
+    """
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> FeatureStatistics:
+        """Of features (n, d), n of at least 1.
+
+        Raises:
+            TypeError, ValueError: they are no such tensor, or not finite.
+        """
+        features = _features(features, "features", at_least=1)
+        mean = features.mean(0)
+        centred = features - mean
+        return cls(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
+        """Of both sets together (Chan, Golub & LeVeque 1979).
+
+        Raises:
+            ValueError: the features differ in their dimension.
+        """
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"features of {len(self.mean)} and {len(other.mean)} dimensions cannot be merged.")
+        count, difference = self.count + other.count, other.mean - self.mean
+        mean = self.mean + difference * (other.count / count)
+        between = torch.outer(difference, difference) * (self.count * other.count / count)
+        return FeatureStatistics(count, mean, self.scatter + other.scatter + between)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(d, d), with n - 1.
+
+        Raises:
+            ValueError: of a single feature.
+        """
+        if self.count < 2:
+            raise ValueError("a covariance needs at least 2 features; got 1.")
+        return self.scatter / (self.count - 1)
+
+
+def frechet_distance(left: FeatureStatistics, right: FeatureStatistics) -> float:
+    """Squared Fréchet distance of two normal distributions (Dowson & Landau 1982): on Inception features, FID.
+
+    ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))``. The last trace is the sum of the singular values of C1^(1/2) C2^(1/2),
+    which covariances that are not of full rank do not disturb.
+
+    Raises:
+        ValueError: the features differ in their dimension, or there is a single one.
+    """
+    if left.mean.shape != right.mean.shape:
+        raise ValueError(f"features of {len(left.mean)} and {len(right.mean)} dimensions cannot be compared.")
+    cross = torch.linalg.svdvals(_root(left.covariance) @ _root(right.covariance)).sum()
+    means = (left.mean - right.mean).square().sum()
+    distance = means + left.covariance.trace() + right.covariance.trace() - 2 * cross
+    return max(float(distance), 0.0)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+class KernelDistance(NamedTuple):
+    """Squared kernel distance, and its standard error over the subsets."""
+
+    value: float
+    standard_error: float
+
+
+def kernel_distance(
+    left: Tensor,
+    right: Tensor,
+    *,
+    subset_size: int = 1000,
+    num_subsets: int = 100,
+    generator: torch.Generator | None = None,
+) -> KernelDistance:
+    """Unbiased squared maximum mean discrepancy with the kernel ``(x.y / d + 1)^3`` (Bińkowski et al. 2018, arXiv
+    1801.01401): on Inception features, KID. A mean over random subsets; it can be negative.
+
+    Args:
+        left, right: (n, d) and (m, d) features.
+        subset_size: of each subset, at most n and m.
+        num_subsets: at least 2.
+        generator: of the subsets.
+
+    Raises:
+        TypeError, ValueError: features or numbers that do not fit.
+    """
+    left, right = _features(left, "left"), _features(right, "right")
+    if left.shape[1] != right.shape[1]:
+        raise ValueError(f"features of {left.shape[1]} and {right.shape[1]} dimensions cannot be compared.")
+    size = min(subset_size, len(left), len(right))
+    if size < 2 or num_subsets < 2:
+        raise ValueError(f"subset_size and num_subsets must be at least 2; got {subset_size} and {num_subsets}.")
+    values = []
+    for _ in range(num_subsets):
+        x, y = (part[torch.randperm(len(part), generator=generator)[:size].to(part.device)] for part in (left, right))
+        within = sum(
+            (kernel.sum() - kernel.diagonal().sum()) / (size * (size - 1)) for kernel in (_cubic(x, x), _cubic(y, y))
+        )
+        values.append(within - 2 * _cubic(x, y).mean())
+    distances = torch.stack(values)
+    return KernelDistance(float(distances.mean()), float(distances.std() / num_subsets**0.5))
+
+
+def _cubic(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+class PrecisionRecall(NamedTuple):
+    """Share of the samples that lie among the data, and of the data that lie among the samples."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(samples: Tensor, data: Tensor, *, neighbors: int = 3, chunk_size: int = 1024) -> PrecisionRecall:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
+
+    A point lies among a set if, for some member of it, it is not further away than that member's `neighbors`-th nearest
+    neighbour in the set.
+
+    Args:
+        samples, data: (n, d) and (m, d) features.
+        neighbors: k, at least 1 and below n and m.
+        chunk_size: rows of distances computed at a time.
+
+    Raises:
+        TypeError, ValueError: features or numbers that do not fit.
+    """
+    samples, data = _features(samples, "samples"), _features(data, "data")
+    if samples.shape[1] != data.shape[1]:
+        raise ValueError(f"features of {samples.shape[1]} and {data.shape[1]} dimensions cannot be compared.")
+    if not 1 <= neighbors < min(len(samples), len(data)):
+        raise ValueError(f"neighbors must be at least 1 and below {min(len(samples), len(data))}; got {neighbors}.")
+
+    def share_within(points: Tensor, members: Tensor) -> float:
+        # The nearest of all is the member itself.
+        radii = torch.cat(
+            [_distances(part, members).kthvalue(neighbors + 1, 1).values for part in members.split(chunk_size)]
+        )
+        inside = [(_distances(part, members) <= radii).any(1) for part in points.split(chunk_size)]
+        return float(torch.cat(inside).double().mean())
+
+    return PrecisionRecall(share_within(samples, data), share_within(data, samples))
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    # By differences: products would leave copies at 1e-6 of each other's length, not at 0.
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class NearestNeighbors(NamedTuple):
+    """Of each of n samples the nearest of the data: its place `neighbor` (n,), `distance` (n,), and `ratio` (n,) of that distance to the
+    one to the second nearest.
+    """
+
+    neighbor: Tensor
+    distance: Tensor
+    ratio: Tensor
+
+
+def nearest_neighbors(samples: Tensor, data: Tensor, *, chunk_size: int = 256) -> NearestNeighbors:
+    """Which data the samples resemble, and how much more than any other: a ratio near 0 is a copy (Yoon et al. 2023).
+
+    Data that are in the set twice have a second nearest as near as the first: remove duplicates before.
+
+    Args:
+        samples, data: (n, d) and (m, d) features or flattened images, m of at least 2.
+        chunk_size: samples at a time.
+
+    Raises:
+        TypeError, ValueError: features that do not fit.
+    """
+    samples, data = _features(samples, "samples", at_least=1), _features(data, "data")
+    if samples.shape[1] != data.shape[1]:
+        raise ValueError(f"features of {samples.shape[1]} and {data.shape[1]} dimensions cannot be compared.")
+    found = [_distances(part, data).topk(2, dim=1, largest=False) for part in samples.split(chunk_size)]
+    distances, index = torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+    # Both are 0 where a datum is there twice.
+    ratio = torch.where(distances[:, 1] > 0, distances[:, 0] / distances[:, 1], torch.ones_like(distances[:, 0]))
+    return NearestNeighbors(index[:, 0], distances[:, 0], ratio)
