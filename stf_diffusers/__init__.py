@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .denoising import network_denoiser
+from .diagnostics import target_variance
 from .noise import EDM, VE, VP, FlowMatching, NoiseProcess, SchedulerProcess
 from .objective import PerturbedBatch, STFTrainingObjective
 from .posterior import PosteriorMean, posterior_mean
@@ -40,6 +41,7 @@ __all__ = [
     "posterior_mean",
     "sample_ode",
     "sample_rk45",
+    "target_variance",
 ]
 
 # What needs Diffusers is imported at first use: importing the package needs torch alone.
