@@ -99,7 +99,7 @@ def same_batches(monkeypatch):
             sampler = ReferenceBatchSampler(len(dataset), batch_size, n)
             return DataLoader(dataset, batch_sampler=sampler, collate_fn=ReferenceBatchCollator(batch_size))
 
-        def sampler(num_examples, batch_size, reference_batch_size):
+        def sampler(num_examples, batch_size, reference_batch_size, seed):
             return ReferenceBatchSampler(num_examples, batch_size, n)
 
         monkeypatch.setattr(importlib.import_module(f"{pair}_dsm"), "DataLoader", loader)
