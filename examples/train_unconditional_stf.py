@@ -733,7 +733,16 @@ def batches_from(
         epoch, start = divmod(position, len(sampler))
         while True:
             sampler.set_epoch(epoch, start)
-            yield from loader
+            try:
+                yield from loader
+            except (EOFError, OSError, RuntimeError) as error:
+                # A worker that dies while it hands over a batch shows as a broken connection, and as nothing else.
+                raise RuntimeError(
+                    f"a DataLoader worker died, perhaps for want of memory: {error!r}. Lower --dataloader_num_workers or "
+                    "--train_batch_size; --resume_from_checkpoint latest continues."
+                    if args.dataloader_num_workers
+                    else f"the images cannot be read: {error!r}."
+                ) from error
             epoch, start = epoch + 1, 0
 
 
