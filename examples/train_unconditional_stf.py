@@ -736,12 +736,12 @@ def batches_from(
             try:
                 yield from loader
             except (EOFError, OSError, RuntimeError) as error:
+                if not args.dataloader_num_workers:
+                    raise
                 # A worker that dies while it hands over a batch shows as a broken connection, and as nothing else.
                 raise RuntimeError(
                     f"a DataLoader worker died, perhaps for want of memory: {error!r}. Lower --dataloader_num_workers or "
                     "--train_batch_size; --resume_from_checkpoint latest continues."
-                    if args.dataloader_num_workers
-                    else f"the images cannot be read: {error!r}."
                 ) from error
             epoch, start = epoch + 1, 0
 
