@@ -13,10 +13,12 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from stf_diffusers.export import PIPELINE_PARTS
+
 logger = logging.getLogger("train_unconditional_stf")
 
 ATTEMPTS = 3
-PIPELINE_FILES = ("README.md", "model_index.json", "scheduler/*", "unet/*", "unet_raw/*")
+PIPELINE_FILES = ("README.md", "model_index.json", *(f"{part}/*" for part in PIPELINE_PARTS))
 
 
 def copy_or_link(path: Path, copy: Path) -> None:

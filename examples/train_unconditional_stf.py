@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -59,8 +58,10 @@ from checkpoints import (
     remove_leftovers,
     said_where_it_fails,
     save_checkpoint,
+    step_of,
 )
 from conditioning import Conditioning, reoriented
+from evaluation import BEST, RECORDS, SMALLEST, Evaluation, sample_images
 from hub_upload import HubUpload
 from image_data import (
     ImageColumn,
@@ -87,19 +88,16 @@ from references import References, choose_references
 from stf_diffusers import EDM, VE, VP, FlowMatching, ReferenceBatchCollator, ReferenceBatchSampler, STFTrainingObjective
 from stf_diffusers.export import (
     DIT_NULL_LABEL,
-    METADATA_KEY,
     Network,
     diffusers_pipeline,
-    network_of,
     process_to_config,
     read_metadata,
-    sampling_labels,
     save_pipeline,
 )
 from stf_diffusers.model_card import model_card
 from stop_signal import REQUEUE_EXIT_CODE, StopSignal
 from streaming import ImageStream
-from training_log import TargetShare, TrainingLog, tracker_may_fail
+from training_log import TargetShare, TrainingLog, log_picture, tracker_may_fail
 
 # As a script this module is "__main__"; its siblings log under its name.
 NAME = "train_unconditional_stf"
@@ -345,6 +343,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     report.add_argument(
         "--num_inference_steps", type=number(int, 2, high=1000), default=35, help="Sampling steps per image."
     )
+    report.add_argument(
+        "--eval_steps",
+        type=count,
+        help="Measure the samples' distance from the training images every this many steps and at the end; the pipeline "
+        "with the least is kept in `best`. Needs --eval_extractor.",
+    )
+    report.add_argument(
+        "--eval_extractor",
+        help="A vision model of transformers, a folder or on the Hub, for instance facebook/dinov2-base: distances are "
+        "of its features.",
+    )
+    report.add_argument("--eval_num_samples", type=number(int, SMALLEST), default=1000, help="Images per evaluation.")
     report.add_argument("--push_to_hub", action="store_true", help="Upload the pipeline at the end.")
     report.add_argument("--hub_steps", type=count, help="Upload every this many steps too.")
     report.add_argument(
@@ -408,6 +418,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--report_to {args.report_to}: installed trackers are {', '.join(available_trackers()) or 'none'}."
         )
+    if bool(args.eval_steps) != bool(args.eval_extractor):
+        parser.error("--eval_steps and --eval_extractor need each other.")
+    if args.eval_steps and args.streaming:
+        parser.error("--eval_steps compares with all training images, which a stream does not keep. Leave one out.")
     if not args.push_to_hub and (args.hub_model_id or args.hub_private_repo or args.hub_token or args.hub_steps):
         parser.error("--hub_model_id, --hub_private_repo, --hub_token and --hub_steps need --push_to_hub.")
     return args
@@ -678,26 +692,18 @@ def seeded_generator(device: torch.device, *parts: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed_for(*parts))
 
 
-@torch.no_grad()
 def sample_grid(accelerator: Accelerator, pipeline: DiffusionPipeline, args: argparse.Namespace) -> Image.Image:
     """A grid of `--num_samples` images, shared out over the processes; image k depends on the seed and k alone."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    mine = list(range(rank, args.num_samples, world))
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(accelerator.device)
-    labels = sampling_labels(network_of(pipeline), pipeline.scheduler.config[METADATA_KEY])
-    images: list[tuple[int, Image.Image]] = []
-    for start in range(0, len(mine), args.train_batch_size):
-        which = mine[start : start + args.train_batch_size]
-        generators = [torch.Generator().manual_seed(seed_for(args.seed, index)) for index in which]
-        # `DiTPipeline` has no batch size, and guides by itself.
-        count: dict[str, Any] = (
-            {"guidance_scale": 1.0} if hasattr(pipeline, "transformer") else {"batch_size": len(which)}
-        )
-        classes = {"class_labels": [labels[index % len(labels)] for index in which]} if labels else {}
-        output = pipeline(generator=generators, num_inference_steps=args.num_inference_steps, **count, **classes)
-        images += zip(which, output.images, strict=True)
-    ordered = [image for _, image in sorted(gather_object(images), key=lambda pair: pair[0])]
+    mine = list(range(args.num_samples))[accelerator.process_index :: accelerator.num_processes]
+    images = sample_images(
+        pipeline.to(accelerator.device),
+        mine,
+        seed_of=partial(seed_for, args.seed),
+        batch_size=args.train_batch_size,
+        num_inference_steps=args.num_inference_steps,
+    )
+    gathered = gather_object(list(zip(mine, images, strict=True)))
+    ordered = [image for _, image in sorted(gathered, key=lambda pair: pair[0])]
     columns = math.ceil(math.sqrt(len(ordered)))
     rows = math.ceil(len(ordered) / columns)
     ordered += [Image.new("RGB", ordered[0].size)] * (rows * columns - len(ordered))
@@ -744,6 +750,19 @@ def batches_from(
                     "--train_batch_size; --resume_from_checkpoint latest continues."
                 ) from error
             epoch, start = epoch + 1, 0
+
+
+def make_evaluation(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    images: ImageColumn | LatentColumn | ImageStream,
+    resume: Path | None,
+) -> Evaluation | None:
+    """What `--eval_steps` asks for, where it does."""
+    if args.eval_steps is None or not isinstance(images, ImageColumn):
+        return None
+    first_step = 0 if resume is None else step_of(resume)
+    return Evaluation(args, accelerator, images, data_name(args), partial(seed_for, args.seed), first_step)
 
 
 def make_optimizer(
@@ -818,6 +837,15 @@ def settle_communication() -> None:
         time.sleep(0.5)
 
 
+def end(accelerator: Accelerator, hub: HubUpload | None, output_dir: Path, patience: float = 1800) -> None:
+    """Say what is on the Hub, waiting so many seconds for uploads, and end processes and trackers in order."""
+    if hub is not None:
+        hub.report(output_dir, patience)
+    settle_communication()
+    with tracker_may_fail():
+        accelerator.end_training()
+
+
 def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Start the trackers; they get the flags, without the token, which opens the user's account.
 
@@ -862,7 +890,8 @@ def clear(output_dir: Path) -> None:
     (output_dir / "model_index.json").unlink(missing_ok=True)
     for path in complete_checkpoints(output_dir):
         discard(path)
-    for name in ("samples", SNAPSHOTS):
+    (output_dir / RECORDS).unlink(missing_ok=True)
+    for name in ("samples", SNAPSHOTS, BEST):
         shutil.rmtree(output_dir / name, ignore_errors=True)
 
 
@@ -961,6 +990,7 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
     network, conditioning = build_network(args, shape, num_classes)
     # An impossible range or combination fails now, not after the training.
     diffusers_pipeline(network, process, vae=vae, **sampling_range)
+    evaluation = make_evaluation(args, accelerator, images, resume)
     if isinstance(images, ImageColumn) and vae is not None:
         images, vae = load_latents(args, images, vae, accelerator)
     references = choose_references(args, images, accelerator)
@@ -1022,11 +1052,7 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
             path.parent.mkdir(exist_ok=True)
             grid.save(path)
             logger.info("Samples: %s", path)
-            for tracker in accelerator.trackers:
-                if tracker.name in ("tensorboard", "wandb"):
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    with tracker_may_fail():
-                        tracker.log_images({"samples": np.asarray(grid)[None]}, step=step, **layout)
+            log_picture(accelerator, grid, step)
         return path
 
     def save(step: int) -> None:
@@ -1042,6 +1068,7 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
                 repository=hub.repository if hub else str(output_dir),
                 num_inference_steps=args.num_inference_steps,
                 grid=str(grid.relative_to(output_dir)),
+                metrics=evaluation.metrics(step) if evaluation else None,
             )
             card.save(output_dir / "README.md")
             logger.info("Saved: %s", output_dir)
@@ -1049,12 +1076,18 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
                 hub.push(output_dir, f"Pipeline after {step} steps", grid)
         accelerator.wait_for_everyone()
 
+    def evaluate(step: int) -> None:
+        if evaluation is not None and evaluation.due(step, max_steps):
+            with log.paused():
+                evaluation(averaged_pipeline(step), step)
+
     log, target_share = TrainingLog(accelerator), TargetShare(device)
     position = first_step * args.gradient_accumulation_steps
     batches = batches_from(position, args, images, references.sampler, device)
     progress = tqdm(
         initial=first_step, total=max_steps, desc="Training", unit="step", disable=not accelerator.is_local_main_process
     )
+    evaluate(first_step)  # where the run was stopped before it could
     model.train()
     stop.defer()
     for step in range(first_step + 1, max_steps + 1):
@@ -1080,7 +1113,7 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
                     gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            log.add(loss, perturbed, step, batch["index"])
+            log.add(loss, perturbed, sources, step, batch["index"])
         learning_rate = lr_scheduler.get_last_lr()[0]
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
@@ -1106,12 +1139,9 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
             )
         if stopping:
             logger.info("Stopped by a signal after step %d; --resume_from_checkpoint latest continues.", step)
-            if hub:
-                hub.report(output_dir, patience=20)
-            settle_communication()
-            with tracker_may_fail():
-                accelerator.end_training()
+            end(accelerator, hub, output_dir, patience=20)
             raise SystemExit(REQUEUE_EXIT_CODE)
+        evaluate(step)
         if step < max_steps and hub_due:
             save(step)
         elif step < max_steps and args.sample_steps and step % args.sample_steps == 0:
@@ -1119,11 +1149,7 @@ def train(args: argparse.Namespace, stop: StopSignal) -> None:
     progress.close()
 
     save(max(first_step, max_steps))
-    if hub:
-        hub.report(output_dir)
-    settle_communication()
-    with tracker_may_fail():
-        accelerator.end_training()
+    end(accelerator, hub, output_dir)
 
 
 if __name__ == "__main__":

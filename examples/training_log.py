@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from PIL import Image
 from torch import Tensor
 
 from stf_diffusers import PerturbedBatch
+from stf_diffusers.posterior import pixels_to_float
 
 logger = get_logger("train_unconditional_stf")
 
@@ -39,6 +42,15 @@ def tracker_may_fail() -> Iterator[None]:
         logger.warning("The tracker failed, and the training goes on without this report: %s", error)
 
 
+def log_picture(accelerator: Accelerator, picture: Image.Image, step: int) -> None:
+    """Send a grid of samples to the trackers that take pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            with tracker_may_fail():
+                tracker.log_images({"samples": np.asarray(picture)[None]}, step=step, **layout)
+
+
 class TrainingLog:
     """Means over the micro-batches of all processes since the last `flush`. `add` never waits for the device."""
 
@@ -48,8 +60,8 @@ class TrainingLog:
         self._reset()
 
     def _reset(self) -> None:
-        # loss sum, micro-batches, then per noise level: sum of effective sample sizes, rows
-        self._sums = torch.zeros(2 + 2 * len(NOISE_LEVELS), device=self.accelerator.device)
+        # loss sum, micro-batches, then per noise level: sums of effective sample sizes, of variances removed, rows
+        self._sums = torch.zeros(2 + 3 * len(NOISE_LEVELS), device=self.accelerator.device)
         self._images, self._wait, self._start = 0, 0.0, time.perf_counter()
         self._recent: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
@@ -57,19 +69,30 @@ class TrainingLog:
         """Time the step stood still for data."""
         self._wait += seconds
 
-    def add(self, loss: Tensor, batch: PerturbedBatch, step: int, index: Tensor) -> None:
-        """A micro-batch of optimizer step `step`, of the images at `index` (B,) in the data set."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training: its time does not count."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def add(self, loss: Tensor, batch: PerturbedBatch, clean: Tensor, step: int, index: Tensor) -> None:
+        """A micro-batch of optimizer step `step`, of the images `clean` (B, ...) at `index` (B,) in the data set."""
         level = torch.bucketize((batch.sigma / batch.alpha).to(self._edges.dtype), self._edges)
         self._recent.append((step, loss.detach(), (batch.sigma / batch.alpha).detach(), index))
         self._sums[0] += loss.detach()
         self._sums[1] += 1
-        ones = torch.ones_like(batch.effective_sample_size, dtype=self._sums.dtype)
-        self._sums.index_add_(0, 2 + level, batch.effective_sample_size.to(self._sums.dtype))
-        self._sums.index_add_(0, 2 + len(NOISE_LEVELS) + level, ones)
+        # Given the references and x_t the source is a draw of their posterior, so the mean of its squared distance from
+        # the posterior mean is V_DSM - V_STF, by the law of total variance.
+        removed = (pixels_to_float(clean) - batch.posterior_mean).flatten(1).square().mean(1)
+        columns = batch.effective_sample_size, removed, torch.ones_like(removed)
+        for place, values in enumerate(columns):
+            self._sums.index_add_(0, 2 + place * len(NOISE_LEVELS) + level, values.to(self._sums.dtype))
         self._images += len(batch.t)
 
     def flush(self) -> dict[str, float]:
-        """Loss, images per second, share of time spent waiting for data, mean effective sample size by noise level.
+        """Loss, images per second, share of time spent waiting for data; by noise level the mean effective sample size,
+        and the variance that references remove from the targets, V_DSM - V_STF per dimension of x0.
 
         Raises:
             FloatingPointError: a loss since the last call was not finite; on every process, naming its own micro-batch.
@@ -84,9 +107,11 @@ class TrainingLog:
             "data_wait_share": self._wait / elapsed,
         }
         levels = len(NOISE_LEVELS)
-        for name, total, rows in zip(NOISE_LEVELS, by_level[:levels], by_level[levels:], strict=True):
-            if rows:
-                report[f"effective_sample_size/{name}"] = total / rows
+        sizes, removed, rows = (by_level[place * levels :][:levels] for place in range(3))
+        for name, size, variance, seen in zip(NOISE_LEVELS, sizes, removed, rows, strict=True):
+            if seen:
+                report[f"effective_sample_size/{name}"] = size / seen
+                report[f"variance_removed/{name}"] = variance / seen
         self._reset()
         return report
 

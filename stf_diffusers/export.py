@@ -30,6 +30,9 @@ from .noise import EDM, VE, VP, FlowMatching, NoiseProcess
 # through loading and saving, and does not warn of them.
 METADATA_KEY = "_stf"
 
+# Every folder that a saved pipeline may have.
+PIPELINE_PARTS = ("unet", "unet_raw", "transformer", "transformer_raw", "vae", "vqvae", "scheduler")
+
 # Extremes of the noise at which EDM networks are sampled (Karras et al. 2022, Table 1).
 EDM_SAMPLING_RANGE = (0.002, 80.0)
 
@@ -282,7 +285,7 @@ def save_pipeline(
         for path in sorted(new, key=lambda path: path == Path("model_index.json")):
             (folder / path).parent.mkdir(exist_ok=True)
             os.replace(Path(staging) / path, folder / path)
-    for kind in ("unet", "unet_raw", "transformer", "transformer_raw", "vae", "vqvae", "scheduler"):
+    for kind in PIPELINE_PARTS:
         for path in (folder / kind).glob("*"):
             if path.relative_to(folder) not in new:
                 path.unlink()

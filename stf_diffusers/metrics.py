@@ -186,22 +186,26 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 class NearestNeighbors(NamedTuple):
-    """Of each of n samples the nearest of the data: its place `neighbor` (n,), `distance` (n,), and `ratio` (n,) of that distance to the
-    one to the second nearest.
+    """Of each of n samples the nearest of the data: its place `neighbor` (n,), its `distance` (n,), and `ratio` (n,), of that
+    distance to the one to the second nearest.
     """
 
     neighbor: Tensor
     distance: Tensor
     ratio: Tensor
 
+    def copies(self, threshold: float = 1 / 3) -> Tensor:
+        """(n,) bool: which samples are three times closer to one datum than to any other (Yoon et al. 2023)."""
+        return self.ratio < threshold
+
 
 def nearest_neighbors(samples: Tensor, data: Tensor, *, chunk_size: int = 256) -> NearestNeighbors:
     """Which data the samples resemble, and how much more than any other: a ratio near 0 is a copy (Yoon et al. 2023).
 
-    Data that are in the set twice have a second nearest as near as the first: remove duplicates before.
+    Data that are in the set twice count once.
 
     Args:
-        samples, data: (n, d) and (m, d) features or flattened images, m of at least 2.
+        samples, data: (n, d) and (m, d) features or flattened images, with at least two different data.
         chunk_size: samples at a time.
 
     Raises:
@@ -210,8 +214,26 @@ def nearest_neighbors(samples: Tensor, data: Tensor, *, chunk_size: int = 256) -
     samples, data = _features(samples, "samples", at_least=1), _features(data, "data")
     if samples.shape[1] != data.shape[1]:
         raise ValueError(f"features of {samples.shape[1]} and {data.shape[1]} dimensions cannot be compared.")
-    found = [_distances(part, data).topk(2, dim=1, largest=False) for part in samples.split(chunk_size)]
-    distances, index = torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
-    # Both are 0 where a datum is there twice.
-    ratio = torch.where(distances[:, 1] > 0, distances[:, 0] / distances[:, 1], torch.ones_like(distances[:, 0]))
-    return NearestNeighbors(index[:, 0], distances[:, 0], ratio)
+    first = _first_of_each(data)
+    if len(first) < 2:
+        raise ValueError("data must hold two different images at least; all are equal.")
+    distinct = data[first]
+    norms = distinct.square().sum(1)
+    nearest, distances = [], []
+    for part in samples.split(chunk_size):
+        # Products find the candidates; their differences are exact, 0 for a copy.
+        candidates = (norms - 2 * part @ distinct.T).topk(min(8, len(distinct)), largest=False).indices
+        exact = (part[:, None] - distinct[candidates]).square().sum(2).sqrt()
+        values, order = exact.topk(2, largest=False)
+        nearest.append(first[candidates.gather(1, order[:, :1])[:, 0]])
+        distances.append(values)
+    found = torch.cat(distances)
+    return NearestNeighbors(torch.cat(nearest), found[:, 0], found[:, 0] / found[:, 1])
+
+
+def _first_of_each(data: Tensor) -> Tensor:
+    """Positions of the different rows (k,), each where it stands first."""
+    distinct, inverse = torch.unique(data, dim=0, return_inverse=True)
+    positions = torch.arange(len(data), device=data.device)
+    first = torch.full((len(distinct),), len(data), device=data.device)
+    return first.scatter_reduce(0, inverse, positions, "amin").sort().values

@@ -21,7 +21,7 @@ LAYERS = [
     {"objective"},
     {"diagnostics"},
     {"plotting"},
-    {"export", "scheduling_*"},
+    {"export", "scheduling_*", "quality"},
     {"sde"},
     {"model_card"},
     {"pipeline_*"},
@@ -39,7 +39,7 @@ TORCH_ALONE = (
     "diagnostics",
 )
 # Packages that one function needs, and imports itself.
-WHERE_USED = {"solvers": {"scipy"}, "reference_bank": {"datasets", "numpy", "tqdm"}}
+WHERE_USED = {"solvers": {"scipy"}, "quality": {"torch_fidelity"}, "reference_bank": {"datasets", "numpy", "tqdm"}}
 
 
 def layer(module):

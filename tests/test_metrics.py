@@ -107,7 +107,11 @@ def test_planted_copies_and_only_they_have_ratios_near_zero():
     assert found.ratio[0].item() == pytest.approx((brute.values[0] / brute.values[1]).item())
     exact = nearest_neighbors(data[:1], data)
     assert exact.distance.item() == exact.ratio.item() == 0
-    assert nearest_neighbors(data[:1], torch.cat([data, data[:1]])).ratio.item() == 1
+    # Twice in the data, it is a copy still; of the two the first is named.
+    twice = nearest_neighbors(samples, torch.cat([data, data]))
+    torch.testing.assert_close(twice.ratio, found.ratio, rtol=1e-9, atol=0)
+    assert twice.neighbor.tolist() == found.neighbor.tolist()
+    assert twice.copies().nonzero()[:, 0].tolist() == copies
 
 
 WRONG = {
@@ -119,7 +123,7 @@ WRONG = {
     "kernel dimensions": lambda: kernel_distance(normal(9, 2), normal(9, 3)),
     "one subset": lambda: kernel_distance(normal(9, 2), normal(9, 2), num_subsets=1),
     "too many neighbours": lambda: precision_recall(normal(9, 2), normal(9, 2), neighbors=9),
-    "one datum": lambda: nearest_neighbors(normal(9, 2), normal(1, 2)),
+    "one datum": lambda: nearest_neighbors(normal(9, 2), normal(1, 2).expand(3, -1)),
 }
 
 
