@@ -8,23 +8,44 @@
     python benchmarks/study_cifar10.py --output_dir study --dataset_name cifar10 --steps 20000 --minutes 9
 
 Each call goes on where the last one stopped, killed or not: trainings from their checkpoints, evaluations from their files.
+The last one writes results.md and three figures. Trained are all of EDM, VE, VP x DSM, STF with n = 256, 1,024, 4,096 (where
+there are as many images), all x seeds. Distances are those of the averaged weights' samples (Heun, 18 steps, 35 evaluations,
+the same seeds for all) from the training images, in the features of a small ResNet that is trained on their labels first, or
+of --extractor.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
+from statistics import mean, median, stdev
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import datasets
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from checkpoints import AVERAGE
+from evaluation import as_pixels, data_features
+from image_data import ImageColumn, decode_all, find_column, load_train_split, make_reader
+from stf_diffusers import ReferenceBank, STFPipeline, STFTrainingObjective
+from stf_diffusers.export import network_of
+from stf_diffusers.metrics import FeatureStatistics, nearest_neighbors
+from stf_diffusers.quality import FeatureExtractor, sample_quality, transformers_features
+
+ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "examples" / "train_unconditional_stf.py"
 PROCESSES = ("edm", "ve", "vp")
 # The trainer's exit codes after a signal: its checkpoint is complete; it had not begun.
@@ -37,6 +58,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset_name", help="Default: scikit-learn's digits, with a network of 0.28 M parameters.")
     parser.add_argument("--steps", type=int, default=1000, help="Of each training, with 64 images.")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num_samples", type=int, default=1000, help="For each distance.")
+    parser.add_argument("--extractor", help="A vision model of transformers. Default: a ResNet trained on the labels.")
     parser.add_argument("--minutes", type=float, default=9, help="Stop after this time, at the latest a minute later.")
     return parser.parse_args()
 
@@ -125,13 +148,258 @@ def train(run: Training, args: argparse.Namespace, deadline: float) -> bool:
     return code == 0
 
 
+def load_images(args: argparse.Namespace) -> ImageColumn:
+    dataset = load_train_split(args.dataset_name)
+    column = find_column(dataset, datasets.Image, None, "the image column")
+    reader = make_reader(dataset, column, None, None, False)
+    return ImageColumn(dataset, column, reader, images=decode_all(dataset, column, reader, math.inf, quiet=True))
+
+
+def train_extractor(args: argparse.Namespace) -> Path | str:
+    """The feature extractor; trained in a process of its own where none was given."""
+    folder = args.output_dir / "classifier"
+    if args.extractor is not None or (folder / "accuracy.json").exists():
+        return args.extractor or folder
+    command = [sys.executable, str(ROOT / "benchmarks" / "train_classifier.py"), "--output_dir", str(folder)]
+    subprocess.run([*command, *(["--dataset_name", args.dataset_name] if args.dataset_name else [])], check=True)
+    return folder
+
+
+def averaged(run: Training, step: int, args: argparse.Namespace, device: torch.device) -> STFPipeline:
+    """The pipeline of a checkpoint's averaged weights."""
+    folder = run.folder(args.output_dir)
+    pipeline = STFPipeline.from_pretrained(folder).to(device)
+    network_of(pipeline).load_state_dict(load_file(folder / f"checkpoint-{step}" / AVERAGE))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def evaluate(
+    run: Training, step: int, args: argparse.Namespace, images: ImageColumn, extractor: FeatureExtractor, data: Tensor
+) -> dict[str, Any]:
+    """Distances of a checkpoint's samples, and the share of them that are copies of training images."""
+    pipeline = averaged(run, step, args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    batch = 64 if args.dataset_name is None else 500
+    samples: list[Any] = []
+    while len(samples) < args.num_samples:
+        seeds = range(len(samples), min(len(samples) + batch, args.num_samples))
+        samples += pipeline(
+            batch_size=len(seeds), generator=[torch.Generator().manual_seed(seed) for seed in seeds]
+        ).images
+    pixels = as_pixels(samples)
+    quality = sample_quality(
+        extractor(pixels),
+        data,
+        data_statistics=data_statistics(data),
+        extractor=extractor.name,
+        reference=f"{args.dataset_name or 'digits'}, training split",
+        sampler="Heun, 18 steps",
+        evaluations=35,
+        seeds=f"0 to {args.num_samples - 1}",
+    )
+    nearest = nearest_neighbors(pixels.flatten(1), images.images.flatten(1))
+    return {
+        **asdict(run), "target": run.target, "step": step, "images_seen": 64 * step,
+        "images_per_second": images_per_second(run, args), "frechet_distance": quality.frechet_distance,
+        "kernel_distance": quality.kernel_distance.value, "precision": quality.precision, "recall": quality.recall,
+        "copies": nearest.copies().double().mean().item(), "measured": quality.stamp, "limits": quality.limits,
+    }  # fmt: skip
+
+
+@cache
+def data_statistics(data: Tensor) -> FeatureStatistics:
+    return FeatureStatistics.of(data)
+
+
+def images_per_second(run: Training, args: argparse.Namespace) -> float:
+    """Median over the reports of the training."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = []
+    for path in (run.folder(args.output_dir) / "logs").rglob("events.out.*"):
+        events = EventAccumulator(str(path)).Reload()
+        if "images_per_second" in events.Tags()["scalars"]:
+            found += [event.value for event in events.Scalars("images_per_second")]
+    return median(found)
+
+
+def gradient_noise(process_name: str, args: argparse.Namespace, images: ImageColumn) -> list[dict[str, Any]]:
+    """Noise of the gradient and of the loss by noise level, for the half-trained DSM network of seed 0.
+
+    Batches of 16 images; trace of the covariance of their gradient, and variance of their loss, over 64 of them. All targets
+    get the same images, times and noise.
+    """
+    batch_size, num_batches = 16, 64
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = averaged(Training(process_name, 0, 0), args.steps // 2, args, device)
+    network, process, pixels = network_of(pipeline), pipeline.process, images.images.to(device)
+    objective, bank = STFTrainingObjective(process), ReferenceBank(pixels)
+    sizes = [*sorted({run.references for run in trainings(args)} - {None}, key=int), None]
+    found = []
+    levels = torch.logspace(-1, math.log10(50), 9, dtype=torch.float64).tolist()
+    for level in [*levels, None]:  # None: the process's own distribution
+        draws = torch.Generator(device).manual_seed(0)
+        gradients: dict[int | None, list[Tensor]] = {n: [] for n in sizes}
+        losses: dict[int | None, list[float]] = {n: [] for n in sizes}
+        for _ in range(num_batches):
+            order = torch.randperm(len(pixels), generator=draws, device=device)
+            clean = pixels[order[:batch_size]]
+            if level is None:
+                t = process.sample_t(batch_size, generator=draws, device=device)
+            else:
+                t = process.time_of(torch.full((batch_size,), level, dtype=torch.float64)).to(device, torch.float32)
+            noise = torch.randn(clean.shape, generator=draws, device=device)
+            output = None
+            for n in sizes:
+                reference = bank if n is None else pixels[order[:n]] if n else None
+                source = {"source_index": order[:batch_size]} if n is None else {}
+                perturbed = objective.perturb(clean, reference=reference, t=t, noise=noise, **source)
+                if output is None:
+                    output = network(perturbed.model_input, perturbed.timestep).sample
+                loss = objective.loss(output, perturbed)
+                parts = torch.autograd.grad(loss, list(network.parameters()), retain_graph=n is not None)
+                gradients[n].append(torch.cat([part.flatten() for part in parts]))
+                losses[n].append(loss.item())
+        for n in sizes:
+            stacked = torch.stack(gradients[n]).double()
+            found.append(
+                {
+                    "process": process_name, "references": n, "level": level,
+                    "gradient_noise": float(stacked.var(0).sum()), "gradient_norm_squared": float(stacked.mean(0).square().sum()),
+                    "loss": mean(losses[n]), "loss_variance": stdev(losses[n]) ** 2,
+                }
+            )  # fmt: skip
+    return found
+
+
+def report(args: argparse.Namespace) -> None:
+    """results.md and the figures."""
+    results = [json.loads(path.read_text()) for path in sorted((args.output_dir / "evaluations").glob("*.json"))]
+    noise = [
+        row for process in PROCESSES for row in json.loads((args.output_dir / f"noise-{process}.json").read_text())
+    ]
+    lines = [f"{results[0]['measured']}; seeds of training 0 to {args.seeds - 1}, {64 * args.steps:,} images seen.", ""]
+    lines += [
+        "| process | target | distance | minus DSM's of the same seed | kernel distance | precision | recall | copies | images / s |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    for process, n in dict.fromkeys((run.process, run.references) for run in trainings(args)):
+        rows = select(results, process, n, args.steps)
+        pairs = zip(rows, select(results, process, 0, args.steps), strict=True)
+        differences = [row["frechet_distance"] - dsm["frechet_distance"] for row, dsm in pairs]
+        cells = [process.upper(), rows[0]["target"], spread([row["frechet_distance"] for row in rows])]
+        cells += [spread(differences, error=True) if n != 0 else ""]
+        cells += [spread([row[name] for row in rows]) for name in ("kernel_distance", "precision", "recall", "copies")]
+        cells += [f"{median([row['images_per_second'] for row in rows]):.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "± is the standard deviation over seeds; of differences, the standard error of their mean.", ""]
+    lines += [
+        "| process | noise level | target | gradient noise / DSM's | variance of the loss / DSM's | loss / DSM's |"
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in noise:
+        if row["references"] != 0:
+            dsm = next(
+                r for r in noise if (r["process"], r["level"], r["references"]) == (row["process"], row["level"], 0)
+            )
+            level = "as trained" if row["level"] is None else f"{row['level']:.2f}"
+            target = Training(row["process"], row["references"], 0).target
+            ratios = [f"{row[name] / dsm[name]:.3f}" for name in ("gradient_noise", "loss_variance", "loss")]
+            lines.append("| " + " | ".join([row["process"].upper(), level, target, *ratios]) + " |")
+    (args.output_dir / "results.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    draw(args, results, noise)
+
+
+def select(results: list[dict[str, Any]], process: str, n: int | None, step: int) -> list[dict[str, Any]]:
+    """Those of all seeds, in order."""
+    wanted = (process, n, step)
+    found = [row for row in results if (row["process"], row["references"], row["step"]) == wanted]
+    return sorted(found, key=lambda row: row["seed"])
+
+
+def spread(values: list[float], error: bool = False) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.3g}"
+    return f"{mean(values):.3g} ± {stdev(values) / (math.sqrt(len(values)) if error else 1):.2g}"
+
+
+def draw(args: argparse.Namespace, results: list[dict[str, Any]], noise: list[dict[str, Any]]) -> None:
+    from matplotlib.figure import Figure
+
+    targets = list(dict.fromkeys(run.references for run in trainings(args)))
+    colours = {n: f"C{place}" for place, n in enumerate(targets)}
+    for name, label in (("images", "images seen"), ("time", "seconds of training")):
+        figure = Figure(figsize=(12, 3.6), layout="constrained")
+        for process, axis in zip(PROCESSES, figure.subplots(1, len(PROCESSES)), strict=True):
+            for n in targets:
+                rows = [select(results, process, n, step) for step in evaluated_steps(args)]
+                seen = [64 * step for step in evaluated_steps(args)]
+                if name == "time":
+                    rate = median([row["images_per_second"] for row in rows[-1]])
+                    seen = [images / rate for images in seen]
+                values = [[row["frechet_distance"] for row in group] for group in rows]
+                axis.plot(
+                    seen, [mean(group) for group in values], color=colours[n], label=rows[0][0]["target"], marker="o"
+                )
+                axis.fill_between(
+                    seen, [min(v) for v in values], [max(v) for v in values], color=colours[n], alpha=0.15
+                )
+            axis.set(title=process.upper(), xlabel=label, yscale="log")
+        figure.axes[0].set_ylabel("Fréchet distance (range over seeds)")
+        figure.axes[0].legend(frameon=False)
+        figure.savefig(args.output_dir / f"distance_against_{name}.png", dpi=110)
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    axes = figure.subplots(2, len(PROCESSES), sharex=True)
+    for column, process in enumerate(PROCESSES):
+        for n in targets:
+            rows = [
+                row for row in noise if (row["process"], row["references"]) == (process, n) and row["level"] is not None
+            ]
+            for axis, quantity in zip(axes[:, column], ("gradient_noise", "loss_variance"), strict=True):
+                label = Training(process, n, 0).target
+                axis.plot(
+                    [row["level"] for row in rows], [row[quantity] for row in rows], color=colours[n], label=label
+                )
+                axis.set(xscale="log", yscale="log")
+        axes[0, column].set_title(process.upper())
+        axes[1, column].set_xlabel("noise level sigma / alpha")
+    axes[0, 0].set_ylabel("gradient: trace of the covariance")
+    axes[1, 0].set_ylabel("loss: variance over batches")
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(args.output_dir / "noise.png", dpi=110)
+
+
 def main() -> None:
     args = parse_args()
+    settings = {name: getattr(args, name) for name in ("dataset_name", "steps", "seeds", "num_samples", "extractor")}
+    path = args.output_dir / "settings.json"
+    if path.exists() and (before := json.loads(path.read_text())) != settings:
+        raise ValueError(f"{args.output_dir} was begun with {before}; got {settings}. Choose another --output_dir.")
+    write(path, settings)
     deadline = time.monotonic() + 60 * args.minutes
     for run in trainings(args):
         if time.monotonic() > deadline or not train(run, args, deadline):
             print(f"Stopped in {run.folder(args.output_dir).name}. Call again.")
             return
+    extractor = transformers_features(train_extractor(args), device="cuda" if torch.cuda.is_available() else "cpu")
+    images = load_images(args)
+    data = data_features(images, extractor, None, quiet=True)
+    work: list[tuple[Path, Any]] = [
+        (args.output_dir / f"noise-{process}.json", lambda process=process: gradient_noise(process, args, images))
+        for process in PROCESSES
+    ]
+    for run, step in product(trainings(args), evaluated_steps(args)):
+        path = args.output_dir / "evaluations" / f"{run.folder(args.output_dir).name}-{step}.json"
+        work.append((path, lambda run=run, step=step: evaluate(run, step, args, images, extractor, data)))
+    for path, compute in work:
+        if time.monotonic() > deadline:
+            print(f"Stopped before {path.name}. Call again.")
+            return
+        if not path.exists():
+            write(path, compute())
+    report(args)
 
 
 if __name__ == "__main__":
