@@ -39,7 +39,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from checkpoints import AVERAGE
 from evaluation import as_pixels, data_features
-from image_data import ImageColumn, decode_all, find_column, load_train_split, make_reader
+from image_data import ImageColumn, decode_all, find_column, load_split, make_reader
 from stf_diffusers import ReferenceBank, STFPipeline, STFTrainingObjective
 from stf_diffusers.export import network_of
 from stf_diffusers.metrics import FeatureStatistics, nearest_neighbors
@@ -149,7 +149,7 @@ def train(run: Training, args: argparse.Namespace, deadline: float) -> bool:
 
 
 def load_images(args: argparse.Namespace) -> ImageColumn:
-    dataset = load_train_split(args.dataset_name)
+    dataset = load_split(args.dataset_name)
     column = find_column(dataset, datasets.Image, None, "the image column")
     reader = make_reader(dataset, column, None, None, False)
     return ImageColumn(dataset, column, reader, images=decode_all(dataset, column, reader, math.inf, quiet=True))

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from image_data import decode_all, find_column, load_train_split, make_reader
+from image_data import decode_all, find_column, load_split, make_reader
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,7 +39,7 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dataset = load_train_split(args.dataset_name)
+    dataset = load_split(args.dataset_name)
     column = find_column(dataset, datasets.Image, None, "the image column")
     label_column = find_column(dataset, datasets.ClassLabel, None, "the label column")
     if column is None or label_column is None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def sample_images(
     return images
 
 
-def as_pixels(images: list[Image.Image]) -> Tensor:
+def as_pixels(images: Sequence[Image.Image]) -> Tensor:
     """(n, C, H, W) uint8."""
     arrays = np.stack([np.asarray(image) for image in images])
     return torch.from_numpy(arrays.reshape(*arrays.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()

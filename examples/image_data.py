@@ -32,22 +32,25 @@ def load_digits_dataset() -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
 
 
-def load_train_split(
+def load_split(
     name: str | None,
     config_name: str | None = None,
     data_dir: str | None = None,
     cache_dir: str | None = None,
     streaming: bool = False,
+    split: str = "train",
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The training split of a Hub data set, a local folder, a parquet file, or a folder of images; with `streaming` as
-    an `IterableDataset`.
+    """A split of a Hub data set, a local folder, a parquet file, or a folder of images; with `streaming` as an
+    `IterableDataset`. Data without splits are "train".
 
     Raises:
-        ValueError: there is no split called "train", or no such data set.
+        ValueError: there is no such split, or no such data set.
     """
-    if name is None and data_dir is None:
+    if name is None and data_dir is None and split == "train":
         digits = load_digits_dataset()
         return digits.to_iterable_dataset() if streaming else digits
+    if name is None and data_dir is None:
+        raise ValueError(f"scikit-learn's digits have no {split!r} split: use train.")
     how = {"cache_dir": cache_dir, "streaming": streaming}
     try:
         if name is None:
@@ -66,10 +69,10 @@ def load_train_split(
         where = f"--train_data_dir {data_dir}" if name is None else f"--dataset_name {name}"
         raise ValueError(f"{where} cannot be read: {error}") from error
     if isinstance(loaded, datasets.Dataset):
-        return loaded
-    if "train" not in loaded:
-        raise ValueError(f"the data set has no 'train' split; it has {sorted(loaded)}. Rename one, or pass a folder.")
-    return loaded["train"]
+        loaded = {"train": loaded}
+    if split not in loaded:
+        raise ValueError(f"the data set has no {split!r} split; it has {sorted(loaded)}. Rename one, or pass a folder.")
+    return loaded[split]
 
 
 def with_owner(name: str) -> str:

@@ -68,7 +68,7 @@ from image_data import (
     decode_all,
     find_column,
     flip_at_random,
-    load_train_split,
+    load_split,
     make_reader,
     measure_standard_deviation,
 )
@@ -621,7 +621,7 @@ def load_images(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Ima
     """
     where = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir
     with accelerator.main_process_first():
-        dataset = load_train_split(*where, streaming=args.streaming)
+        dataset = load_split(*where, streaming=args.streaming)
     if args.streaming and dataset.features is None:
         raise ValueError("--streaming: the data set does not declare its columns. Use parquet or a folder of images.")
     if not args.streaming and len(dataset) == 0:

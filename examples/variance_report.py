@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from image_data import decode_all, find_column, load_train_split, make_reader
+from image_data import decode_all, find_column, load_split, make_reader
 from stf_diffusers import EDM, VE, VP, FlowMatching, NoiseProcess, ReferenceBank, __version__, target_variance
 from stf_diffusers.diagnostics import Estimate, TargetVariance
 from stf_diffusers.plotting import plot_phases, plot_remaining_share, plot_variance
@@ -106,7 +106,7 @@ def load_images(args: argparse.Namespace) -> Data:
     Raises:
         ValueError: no such data, image or label column; images that differ in size or mode, or are not square.
     """
-    dataset = load_train_split(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+    dataset = load_split(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
     column = find_column(dataset, datasets.Image, args.image_column, "--image_column")
     if column is None:
         raise ValueError(f"no column of images among {dataset.column_names}; choose one with --image_column.")

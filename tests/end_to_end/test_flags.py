@@ -220,7 +220,7 @@ def test_runs_are_repeatable(places, tmp_path):
 
 def test_data_sets_with_configurations(tmp_path):
     """--dataset_config_name chooses among the configurations of a folder's card."""
-    from image_data import load_train_split
+    from image_data import load_split
 
     for name, count in (("small", 3), ("large", 5)):
         (tmp_path / name).mkdir()
@@ -228,6 +228,6 @@ def test_data_sets_with_configurations(tmp_path):
             Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / name / f"{index}.png")
     configs = [{"config_name": name, "data_dir": name} for name in ("small", "large")]
     (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
-    assert [len(load_train_split(str(tmp_path), name)) for name in ("small", "large")] == [3, 5]
+    assert [len(load_split(str(tmp_path), name)) for name in ("small", "large")] == [3, 5]
     with pytest.raises(ValueError, match="Config name is missing"):
-        load_train_split(str(tmp_path))
+        load_split(str(tmp_path))

@@ -131,10 +131,10 @@ def test_trains_on_a_data_set_of_the_hub_by_its_old_name(run, tmp_path):
 LOAD_DATA = f"""
 import sys
 sys.path.insert(0, {str(EXAMPLES)!r})
-from image_data import load_train_split
+from image_data import load_split
 for name in sys.argv[1:]:
     try:
-        load_train_split(name)
+        load_split(name)
     except Exception as error:
         print(name, "|", type(error).__name__, "|", str(error).replace(chr(10), " "))
 """

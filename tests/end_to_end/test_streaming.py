@@ -14,7 +14,7 @@ from PIL import Image
 from test_training import TINY, launch, same, weights
 
 import train_unconditional_stf as script
-from image_data import ImageReader, load_train_split
+from image_data import ImageReader, load_split
 from stf_diffusers import VE, STFTrainingObjective
 from streaming import ImageStream
 
@@ -180,7 +180,7 @@ def test_what_can_be_streamed(kind, tmp_path):
         rows = datasets.Dataset.from_list(list(numbered(6)), features=numbered(6).features)
         name = str(tmp_path / ("data.parquet" if kind == "parquet" else "data"))
         rows.to_parquet(name) if kind == "parquet" else rows.save_to_disk(name)
-    found = load_train_split(name, streaming=True)
+    found = load_split(name, streaming=True)
     assert isinstance(found, datasets.IterableDataset) and isinstance(next(iter(found))["image"], Image.Image)
 
 

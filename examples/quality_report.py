@@ -1,0 +1,180 @@
+#!/usr/bin/env python
+"""Measure samples: distances from the data, precision and recall, and which of them are copies of training images.
+
+    accelerate launch examples/generate.py --model digits-stf --output_dir digits-samples --num_images 1000
+    accelerate launch examples/quality_report.py --samples digits-samples --extractor facebook/dinov2-base \\
+        --output_dir digits-quality
+
+Writes quality.json, quality.md, and memorization.png: the samples most like a single training image, each beside it. Every number
+says what it was measured on. Features of the data are computed once and kept in Hugging Face's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+
+from evaluation import SMALLEST, as_pixels, data_features, gathered
+from generate import SETTINGS
+from image_data import ImageColumn, decode_all, find_column, load_split, make_reader
+from stf_diffusers.metrics import NearestNeighbors, nearest_neighbors
+from stf_diffusers.quality import FeatureExtractor, inception_features, sample_quality, transformers_features
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=Path, required=True, help="What generate.py wrote, or a folder of images.")
+    parser.add_argument("--extractor", help="A vision model of transformers: a folder, or on the Hub.")
+    parser.add_argument(
+        "--inception_weights", help="torch-fidelity's Inception weights, instead of --extractor: FID, KID."
+    )
+    parser.add_argument("--dataset_name", help="The training data, as for the training script. Default: digits.")
+    parser.add_argument("--dataset_config_name", help="The configuration of the data set, where it has several.")
+    parser.add_argument("--train_data_dir", help="A folder of training images. Not with --dataset_name.")
+    parser.add_argument("--image_column", help="The column of images; found by itself where there is one.")
+    parser.add_argument("--reference_split", default="train", help="Of the distances. Copies are always of train.")
+    parser.add_argument(
+        "--random_flip", action="store_true", help="The training mirrored images: copies of mirrored ones count."
+    )
+    parser.add_argument("--sampler", help="How the samples were made, where they are not from generate.py.")
+    parser.add_argument("--seeds", help="Theirs, likewise.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images at a time through the extractor.")
+    parser.add_argument("--cache_dir", help="Where models, data and features are kept. Default: Hugging Face's cache.")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args(argv)
+    if bool(args.extractor) == bool(args.inception_weights):
+        parser.error("pass --extractor or --inception_weights, one of them.")
+    if args.dataset_name and args.train_data_dir:
+        parser.error("--dataset_name and --train_data_dir exclude each other.")
+    if args.batch_size < 1:
+        parser.error(f"--batch_size must be at least 1; got {args.batch_size}.")
+    return args
+
+
+def find_samples(args: argparse.Namespace) -> tuple[list[Path], dict[str, Any]]:
+    """The image files, in order, and how they were made.
+
+    Raises:
+        ValueError: too few, or nothing says how they were made.
+    """
+    folder = args.samples / "images" if (args.samples / "images").is_dir() else args.samples
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if len(paths) < SMALLEST:
+        raise ValueError(f"--samples {args.samples}: {len(paths)} images found, {SMALLEST} are needed at least.")
+    settings = args.samples / SETTINGS
+    if settings.is_file():
+        how = json.loads(settings.read_text())
+        steps, first = how["num_inference_steps"], how["seed"]
+        sampler = f"{how['solver']}, {steps} steps"
+        if how["guidance_scale"] != 1:
+            sampler += f", guidance {how['guidance_scale']:g}"
+        if how["class_label"] is not None:
+            sampler += f", class {how['class_label']}"
+        found = {"sampler": sampler, "seeds": f"{first} to {first + len(paths) - 1}"}
+        evaluations = {"heun": 2 * steps - 1, "rk45": None}.get(how["solver"], steps)
+        return paths, found | {"evaluations": evaluations}
+    if not args.sampler or not args.seeds:
+        raise ValueError(f"{args.samples} has no {SETTINGS} to say how they were made: pass --sampler and --seeds.")
+    return paths, {"sampler": args.sampler, "seeds": args.seeds, "evaluations": None}
+
+
+def load(args: argparse.Namespace, split: str, shape: tuple[int, ...], quiet: bool) -> ImageColumn:
+    """The images of a split, as large and as coloured as the samples."""
+    dataset = load_split(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir, split=split)
+    column = find_column(dataset, datasets.Image, args.image_column, "--image_column")
+    if column is None:
+        raise ValueError(f"no column of images: the data set has {dataset.column_names}. Pass --image_column.")
+    reader = make_reader(dataset, column, {1: "L", 3: "RGB", 4: "RGBA"}[shape[0]], shape[1], True)
+    return ImageColumn(dataset, column, reader, images=decode_all(dataset, column, reader, math.inf, quiet))
+
+
+def read(paths: list[Path]) -> Tensor:
+    """(n, C, H, W) uint8 pixels.
+
+    Raises:
+        ValueError: images of different sizes or modes, or that are not square.
+    """
+    images = [Image.open(path) for path in paths]
+    kinds = {(image.size, image.mode) for image in images}
+    if len(kinds) > 1 or images[0].width != images[0].height or images[0].mode not in ("L", "RGB", "RGBA"):
+        raise ValueError(f"samples must be square, and alike in size and in mode, L, RGB or RGBA; got {sorted(kinds)}.")
+    return as_pixels(images)
+
+
+def make_extractor(args: argparse.Namespace, device: torch.device) -> FeatureExtractor:
+    if args.inception_weights:
+        return inception_features(args.inception_weights, device=device)
+    return transformers_features(args.extractor, device=device, cache_dir=args.cache_dir)
+
+
+def picture(samples: Tensor, train: Tensor, found: NearestNeighbors, count: int = 24) -> Image.Image:
+    """The samples with the least ratios, each above its nearest training image, in rows of twelve."""
+    chosen = found.ratio.argsort()[:count]
+    pairs = torch.cat([samples[chosen], train[found.neighbor[chosen]]], 2).permute(0, 2, 3, 1).numpy()
+    pairs = np.pad(pairs, ((0, 0), (1, 3), (1, 1), (0, 0)), constant_values=255)
+    pairs = np.concatenate([pairs, np.full_like(pairs[: -len(pairs) % 12], 255)])
+    rows = np.concatenate([np.concatenate(list(row), 1) for row in np.split(pairs, len(pairs) // 12)], 0)
+    image = Image.fromarray(rows.squeeze())
+    scale = max(1, 64 // samples.shape[-1])
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    state = PartialState()
+    paths, how = find_samples(args)
+    samples = read(paths)
+    train = load(args, "train", tuple(samples.shape[1:]), not state.is_main_process)
+    same = args.reference_split == "train"
+    data = train if same else load(args, args.reference_split, tuple(samples.shape[1:]), not state.is_main_process)
+    with state.main_process_first():
+        extractor = make_extractor(args, state.device)
+    mine = samples[state.process_index :: state.num_processes]
+    features = gathered(extractor(mine, args.batch_size))
+    references = data_features(data, extractor, args.cache_dir, not state.is_main_process)
+    if not state.is_main_process:
+        return
+    name = args.dataset_name or args.train_data_dir
+    quality = sample_quality(
+        features,
+        references,
+        extractor=extractor.name,
+        reference=f"{Path(name).name if name else 'the digits'}, {args.reference_split} split",
+        **how,
+    )
+    images = train.__getitems__(list(range(len(train))))["images"]
+    if args.random_flip:
+        images = torch.cat([images, images.flip(-1)])
+    found = nearest_neighbors(samples.flatten(1), images.flatten(1))
+    copies = [paths[index].name for index in found.copies().nonzero()[:, 0].tolist()]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    content = asdict(quality) | {"limits": quality.limits, "copies": copies, "smallest_ratio": found.ratio.min().item()}
+    (args.output_dir / "quality.json").write_text(json.dumps(content, indent=2, ensure_ascii=False))
+    picture(samples, images, found).save(args.output_dir / "memorization.png")
+    lines = ["| | |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in quality.rows().items())]
+    lines += [f"| Kernel distance, standard error over subsets | {quality.kernel_distance.standard_error:.2g} |"]
+    lines += ["", *quality.limits, ""] if quality.limits else [""]
+    lines += [
+        f"Copies: {len(copies)} of {len(paths)} samples are more than three times closer to one image of the training split than to "
+        f"any other, in pixels (smallest ratio {found.ratio.min():.3f}; Yoon et al. 2023 draw the line at 1/3). The picture shows the "
+        "smallest ratios, each sample above its nearest training image.",
+        "",
+        "![Samples above their nearest training images](memorization.png)",
+    ]
+    (args.output_dir / "quality.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
