@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,9 @@ class FeatureExtractor:
         return features
 
 
-def _digest(network: nn.Module) -> str:
+def _digest(network: nn.Module, without: Collection[str] = ()) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
+    for name, value in sorted(item for item in network.state_dict().items() if item[0] not in without):
         digest.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
 
@@ -119,7 +119,9 @@ def transformers_features(
     # A folder's place says nothing, and is nobody's business.
     local = Path(pretrained_model_name_or_path)
     name = local.resolve().name if local.exists() else str(pretrained_model_name_or_path)
-    return FeatureExtractor(f"{name} ({type(network).__name__}, weights {_digest(network)})", compute)
+    return FeatureExtractor(
+        f"{name} ({type(network).__name__}, weights {_digest(network, loading['missing_keys'])})", compute
+    )
 
 
 def inception_features(weights: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> FeatureExtractor:
