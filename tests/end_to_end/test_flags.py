@@ -6,9 +6,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from test_training import TINY, tiny_autoencoder
+from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 
 import train_unconditional_stf as script
 
@@ -81,6 +83,9 @@ CASES = {
     "sample_steps": ("", "--sample_steps 1", "files"),
     "num_samples": ("", "--num_samples 4", "grid"),
     "num_inference_steps": ("", "--num_inference_steps 5", "grid"),
+    "eval_steps": ("--eval_extractor {extractor} --eval_num_samples 5 --eval_steps 3", "--eval_steps 1", "evaluations"),
+    "eval_extractor": ("--eval_steps 3 --eval_num_samples 5 --eval_extractor {extractor}", "--eval_extractor {other}", "evaluations"),
+    "eval_num_samples": ("--eval_extractor {extractor} --eval_steps 3 --eval_num_samples 5", "--eval_num_samples 6", "evaluations"),
     "model_license": ("", "--model_license mit", "card"),
 }  # fmt: skip
 ELSEWHERE = {
@@ -138,6 +143,13 @@ def places(tmp_path_factory, image_folder):
     found |= {"net": root / "net.json", "images": image_folder, "trained": root / "trained"}
     tiny_autoencoder().save_pretrained(root / "vae")
     found["vae"] = root / "vae"
+    for seed, name in enumerate(("extractor", "other")):
+        torch.manual_seed(seed)
+        ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")).save_pretrained(
+            root / name
+        )
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(root / name)
+        found[name] = root / name
     script.main([str(flag) for flag in base(found, root / "trained", "")])
     AcceleratorState._reset_state(True)
     return found
@@ -174,6 +186,7 @@ def outcome(folder, log):
         "grid": digest(grid),
         "card": (folder / "README.md").read_text().replace(str(folder), "").replace(f"# {folder.name}", ""),
         "events": sum(events),
+        "evaluations": digest(folder / "evaluations.json"),
         "metadata": json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_stf"],
         "log": log,
     }

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from test_training import tiny_autoencoder
 
 from conftest import EXAMPLES, ROOT
 from hub_server import Hub, serve
@@ -77,6 +78,32 @@ def test_push_and_load_back(run, tmp_path):
         assert "(samples/step-0000002.png)" in card
         loaded = run(endpoint, script=LOAD)
         assert loaded.stdout.split() == ["ConsistencyModelPipeline", "2"], loaded.stderr[-2000:]
+
+
+def test_a_latent_model_is_pushed_with_its_autoencoder(run, tmp_path):
+    tiny_autoencoder().save_pretrained(tmp_path / "vae")
+    dit = {
+        "_class_name": "DiTTransformer2DModel", "num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1,
+        "patch_size": 2, "norm_num_groups": 4,
+    }  # fmt: skip
+    (tmp_path / "dit.json").write_text(json.dumps(dit))
+    hub = Hub()
+    with serve(hub) as endpoint:
+        more = [
+            "--vae",
+            tmp_path / "vae",
+            "--noise_process",
+            "vp",
+            "--class_conditional",
+            "--model_config",
+            tmp_path / "dit.json",
+        ]
+        done = run(endpoint, "--hub_model_id", "somebody/blobs", "--hub_token", hub.token, *more)
+        assert done.returncode == 0, done.stderr[-2000:]
+        parts = {name.split("/")[0] for name in hub.files["somebody/blobs"]}
+        assert {"transformer", "transformer_raw", "vae", "scheduler", "model_index.json"} <= parts
+        loaded = run(endpoint, script=LOAD.replace("batch_size=2", "class_labels=[0, 1], guidance_scale=1.0"))
+        assert loaded.stdout.split() == ["DiTPipeline", "2"], loaded.stderr[-2000:]
 
 
 def test_a_refused_token_stops_the_run_before_it_starts(run, tmp_path):

@@ -1,0 +1,241 @@
+"""`--eval_steps` of the training script and `examples/quality_report.py`."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from PIL import Image
+from test_training import TINY, flags, launch, weights  # noqa: F401
+from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
+
+import quality_report
+import train_unconditional_stf as script
+from evaluation import as_pixels
+from oracles import normal
+from stf_diffusers import VE, STFTrainingObjective, target_variance
+from stf_diffusers.quality import sample_quality, transformers_features
+from training_log import TrainingLog
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("extractor") / "tiny-resnet"
+    torch.manual_seed(0)
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")).save_pretrained(
+        folder
+    )
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def evaluated(flags, extractor, tmp_path, monkeypatch):  # noqa: F811
+    """Flags of a run of six steps, evaluated after every second, with a cache of its own."""
+    cache = ("--cache_dir", tmp_path / "cache")
+    return lambda *more: flags(
+        "--max_train_steps", 6, "--checkpointing_steps", 3, "--eval_steps", 2, "--eval_extractor", extractor,
+        "--eval_num_samples", 7, *cache, *more,
+    )  # fmt: skip
+
+
+def records(folder):
+    return json.loads((folder / "evaluations.json").read_text())
+
+
+def test_evaluations_are_recorded_and_the_best_is_kept(evaluated, extractor, image_folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    script.main(evaluated())
+    found = records(tmp_path / "run")
+    assert [record["step"] for record in found] == [2, 4, 6]
+    best = json.loads((tmp_path / "run" / "best" / "evaluation.json").read_text())
+    assert best == min(found, key=lambda record: record["frechet_distance"])
+    assert (
+        "7 samples" in best["measured"]
+        and f"24 of {image_folder.name}, training split" in best["measured"]
+        and best["limits"]
+    )
+    kept = DiffusionPipeline.from_pretrained(tmp_path / "run" / "best")
+    assert kept.scheduler.config["_stf"]["steps"] == best["step"]
+    assert f"{best['frechet_distance']:.4g}" in (tmp_path / "run" / "best" / "README.md").read_text()
+    # The last pipeline's card has its own numbers, and they are those of its images.
+    assert f"{found[-1]['frechet_distance']:.4g}" in (tmp_path / "run" / "README.md").read_text()
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    images = [
+        pipeline(generator=torch.Generator().manual_seed(script.seed_for(0, k)), num_inference_steps=2).images[0]
+        for k in range(7)
+    ]
+    features = transformers_features(extractor)
+    data = torch.cat([as_pixels([Image.open(path)]) for path in sorted(image_folder.rglob("*.png"))])
+    stamp = {"extractor": "x", "reference": "x", "sampler": "x", "seeds": "x"}
+    expected = sample_quality(features(as_pixels(images)), features(data), **stamp)
+    assert found[-1]["frechet_distance"] == pytest.approx(expected.frechet_distance, rel=1e-3)
+    assert found[-1]["recall"] == expected.recall
+
+
+def test_evaluation_changes_nothing_in_the_training(evaluated, flags, tmp_path):  # noqa: F811
+    script.main(evaluated())
+    AcceleratorState._reset_state(True)
+    script.main(flags("--max_train_steps", 6, "--output_dir", tmp_path / "plain"))
+    left, right = weights(tmp_path / "run"), weights(tmp_path / "plain")
+    assert all(left[name].equal(right[name]) for name in left)
+
+
+def test_stopped_runs_catch_up_on_evaluations(evaluated, tmp_path):
+    """What was due at the checkpoint's step and did not happen is done first; what came after it comes again."""
+    script.main(evaluated("--checkpointing_steps", 2))
+    whole = records(tmp_path / "run")
+    AcceleratorState._reset_state(True)
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
+    # Killed between the checkpoint of step 4 and its evaluation.
+    (tmp_path / "cut" / "evaluations.json").write_text(json.dumps(whole[:1]))
+    shutil.rmtree(tmp_path / "cut" / "best")
+    (tmp_path / "cut" / "model_index.json").unlink()
+    script.main(
+        evaluated("--checkpointing_steps", 2, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")
+    )
+    assert records(tmp_path / "cut") == whole
+
+
+def test_overwriting_forgets_the_evaluations(evaluated, flags, tmp_path):  # noqa: F811
+    script.main(evaluated())
+    AcceleratorState._reset_state(True)
+    script.main(flags("--overwrite_output_dir"))
+    assert not (tmp_path / "run" / "best").exists() and not (tmp_path / "run" / "evaluations.json").exists()
+
+
+def test_two_processes_share_an_evaluation(evaluated, tmp_path):
+    """Of the same network, so before any training moves them apart: a learning rate of nearly nothing."""
+    same = ("--learning_rate", 1e-30, "--no-use_ema")
+    launch(evaluated(*same, "--output_dir", tmp_path / "one"))
+    launch(evaluated(*same, "--output_dir", tmp_path / "two", "--cache_dir", tmp_path / "other"), processes=2)
+    found = [records(tmp_path / name) for name in ("one", "two")]
+    for left, right in zip(*found, strict=True):
+        assert left["measured"] == right["measured"]
+        assert left["frechet_distance"] == pytest.approx(right["frechet_distance"], rel=1e-4)
+    (features,) = (tmp_path / "cache").rglob("*.safetensors")
+    (others,) = (tmp_path / "other").rglob("*.safetensors")
+    assert features.name == others.name
+    assert features.read_bytes() == others.read_bytes()
+
+
+def test_features_of_the_data_are_computed_once(evaluated, tmp_path, caplog):
+    script.main(evaluated())
+    (path,) = (tmp_path / "cache").rglob("*.safetensors")
+    before = path.stat().st_mtime_ns
+    AcceleratorState._reset_state(True)
+    script.main(evaluated("--overwrite_output_dir"))
+    assert path.stat().st_mtime_ns == before
+
+
+def test_classes_are_those_of_the_data(evaluated, tmp_path):
+    script.main(evaluated("--class_conditional"))
+    assert len(records(tmp_path / "run")) == 3
+
+
+WRONG = {
+    "no extractor": (["--eval_steps", 2], "need each other"),
+    "no steps": (["--eval_extractor", "x"], "need each other"),
+    "no such extractor": (["--eval_steps", 2, "--eval_extractor", "/nowhere"], "--eval_extractor /nowhere"),
+    "too few": (["--eval_num_samples", 4], "must be at least 5"),
+    "a stream": (["--eval_steps", 2, "--eval_extractor", "x", "--streaming"], "does not keep"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_evaluations_are_refused_before_anything_is_written(case, flags, tmp_path, capsys):  # noqa: F811
+    more, message = WRONG[case]
+    with pytest.raises((ValueError, SystemExit)) as raised:
+        script.main(flags(*more))
+    assert message in str(raised.value) + capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def samples_folder(folder, data, copies):
+    """Noise, and some of the data with a little noise on it."""
+    rng = np.random.default_rng(5)
+    (folder / "images").mkdir(parents=True)
+    for index in range(12):
+        image = rng.integers(0, 256, data[0].shape)
+        if index in copies:
+            image = np.clip(data[copies[index]].astype(int) + rng.integers(-3, 4, image.shape), 0, 255)
+        Image.fromarray(image.astype(np.uint8)).save(folder / "images" / f"{index:06d}.png")
+
+
+def test_report_names_planted_copies_and_only_them(image_folder, extractor, tmp_path, capsys):
+    data = [np.asarray(Image.open(path)) for path in sorted(image_folder.rglob("*.png"))]
+    samples_folder(tmp_path / "samples", data, {2: 5, 7: 20})
+    settings = {"num_inference_steps": 18, "seed": 3, "solver": "heun", "guidance_scale": 1.0, "class_label": None}
+    (tmp_path / "samples" / "settings.json").write_text(json.dumps(settings))
+    argv = ["--samples", tmp_path / "samples", "--train_data_dir", image_folder, "--extractor", extractor]
+    argv += ["--output_dir", tmp_path / "report", "--cache_dir", tmp_path / "cache"]
+    quality_report.main([str(part) for part in argv])
+    found = json.loads((tmp_path / "report" / "quality.json").read_text())
+    assert found["copies"] == ["000002.png", "000007.png"]
+    assert (found["sampler"], found["evaluations"], found["seeds"]) == ("heun, 18 steps", 35, "3 to 14")
+    text = (tmp_path / "report" / "quality.md").read_text()
+    assert "2 of 12 samples" in text and "not comparable" in text and "12 samples (heun, 18 steps" in text
+    # Pairs of the samples with the least ratios come first: those that were planted.
+    picture = np.asarray(Image.open(tmp_path / "report" / "memorization.png"))[::8, ::8]
+    shown = [picture[1:9, 1 + 10 * place : 9 + 10 * place] for place in range(2)]
+    below = [picture[9:17, 1 + 10 * place : 9 + 10 * place] for place in range(2)]
+    assert {bytes(image.tobytes()) for image in below} == {data[5].tobytes(), data[20].tobytes()}
+    assert all(np.abs(a.astype(int) - b.astype(int)).max() <= 3 for a, b in zip(shown, below, strict=True))
+    # A copy of a mirrored image is one where the training mirrored them.
+    mirrored = [image[:, ::-1] for image in data]
+    samples_folder(tmp_path / "mirrored", mirrored, {1: 4})
+    argv[1], plain = tmp_path / "mirrored", ["--sampler", "s", "--seeds", "0"]
+    for more, copies in (([], []), (["--random_flip"], ["000001.png"])):
+        quality_report.main([str(part) for part in [*argv, *plain, *more]])
+        assert json.loads((tmp_path / "report" / "quality.json").read_text())["copies"] == copies
+
+
+def test_wrong_input_to_the_report(image_folder, extractor, tmp_path):
+    base = ["--train_data_dir", image_folder, "--output_dir", tmp_path / "report"]
+
+    def report(*more):
+        quality_report.main([str(part) for part in (*base, *more)])
+
+    with pytest.raises(ValueError, match="0 images found"):
+        report("--samples", tmp_path, "--extractor", extractor)
+    with pytest.raises(SystemExit):
+        report("--samples", tmp_path)
+    samples_folder(tmp_path / "samples", [np.zeros((8, 8, 3), dtype=np.uint8)], {})
+    with pytest.raises(ValueError, match="--sampler and --seeds"):
+        report("--samples", tmp_path / "samples", "--extractor", extractor)
+    Image.new("RGB", (8, 9)).save(tmp_path / "samples" / "images" / "x.png")
+    with pytest.raises(ValueError, match="alike in size"):
+        report("--samples", tmp_path / "samples", "--extractor", extractor, "--sampler", "s", "--seeds", "0")
+    assert not (tmp_path / "report").exists()
+
+
+def test_variance_removed_is_that_of_the_report():
+    """What training logs has the expectation V_DSM - V_STF(n): within four combined standard errors."""
+    data, process, n, level = normal(12, 1, 2, 2), VE(), 5, 1.5
+    (row,) = target_variance(
+        process,
+        data,
+        [level],
+        reference_batch_sizes=[n],
+        num_samples=20_000,
+        generator=torch.Generator().manual_seed(1),
+    )
+    expected = (row.dsm.value - row.stf[n].value) / 4
+    accelerator = Accelerator(cpu=True)
+    objective, draws, values = STFTrainingObjective(process), torch.Generator().manual_seed(2), []
+    for _ in range(400):
+        log = TrainingLog(accelerator)
+        for _ in range(10):
+            reference = data[torch.randperm(len(data), generator=draws)[:n]]
+            batch = objective.perturb(reference[:2], reference=reference, t=torch.full((2,), level), generator=draws)
+            log.add(torch.zeros(()), batch, reference[:2], 1, torch.arange(2))
+        values.append(log.flush()["variance_removed/sigma_1_to_10"])
+    error = (np.var(values) / len(values) + (row.dsm.standard_error / 4) ** 2) ** 0.5
+    assert abs(np.mean(values) - expected) < 4 * error and error < 0.03 * expected
