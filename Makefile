@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # Accelerate gives a process one CPU thread unless told otherwise.
 THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -19,6 +19,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build
 
 # Without an NVIDIA GPU the CPU build, wherever it is found; PyPI's own is the CPU build on macOS and CUDA's on Linux.
 $(VENV)/.torch:
@@ -41,5 +44,9 @@ $(VENV)/.dev: $(VENV)/.torch setup.cfg
 	$(BIN)/pip install -e ".[dev]"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.torch setup.cfg
+	$(BIN)/pip install -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) digits-stf
+	rm -rf $(VENV) digits-stf docs/_build
