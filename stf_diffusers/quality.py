@@ -84,9 +84,12 @@ def transformers_features(
     Weights are read from safetensors only.
 
     Raises:
-        OSError: there is no such model, or none in safetensors.
+        OSError: there is no such model, or no weights in safetensors.
         ValueError: it is no vision model, or weights are missing in it.
     """
+    local = Path(pretrained_model_name_or_path)
+    if not local.exists() and len(local.parts) > 2:
+        raise FileNotFoundError(f"{local} is neither a folder that exists nor a name on the Hub (owner/name).")
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     network, loading = AutoModel.from_pretrained(
         pretrained_model_name_or_path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **where
@@ -117,7 +120,6 @@ def transformers_features(
         return states.mean(1) if states.ndim == 3 else states.flatten(2).mean(2)
 
     # A folder's place says nothing, and is nobody's business.
-    local = Path(pretrained_model_name_or_path)
     name = local.resolve().name if local.exists() else str(pretrained_model_name_or_path)
     return FeatureExtractor(
         f"{name} ({type(network).__name__}, weights {_digest(network, loading['missing_keys'])})", compute
