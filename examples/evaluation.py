@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import DiffusionPipeline
 from huggingface_hub import cached_assets_path
 from PIL import Image
@@ -141,7 +141,10 @@ class Evaluation:
         # What was evaluated after the step that the run goes on from comes again.
         path = self.output_dir / RECORDS
         before = json.loads(path.read_text()) if first_step and path.is_file() else []
-        self.records: list[dict[str, Any]] = [record for record in before if record["step"] <= first_step]
+        # The main process's: another machine may not see its folder, and all must agree on what is due.
+        self.records: list[dict[str, Any]] = broadcast_object_list(
+            [[record for record in before if record["step"] <= first_step]]
+        )[0]
 
     def due(self, step: int, max_steps: int) -> bool:
         """Whether there is to be an evaluation after this step, and has been none."""
@@ -183,9 +186,10 @@ class Evaluation:
         }
         self.records[-1] |= report | {"measured": quality.stamp, "limits": quality.limits}
         with said_where_it_fails("the evaluation", self.output_dir):
-            self._write(self.output_dir / RECORDS, self.records)
+            # In this order: what is on record is done with, and a run that dies before comes back to it.
             if self._is_best(quality):
-                self._keep(pipeline, quality)
+                self._keep(pipeline)
+            self._write(self.output_dir / RECORDS, self.records)
         logger.info("Step %d: Fréchet distance %.4g (%s).", step, quality.frechet_distance, quality.stamp)
         with tracker_may_fail():
             state.log({f"eval/{name}": value for name, value in report.items()}, step=step)
@@ -208,8 +212,9 @@ class Evaluation:
         # Numbers that were measured otherwise are no rivals.
         return best is None or best["measured"] != quality.stamp or quality.frechet_distance < best["frechet_distance"]
 
-    def _keep(self, pipeline: DiffusionPipeline, quality: SampleQuality) -> None:
+    def _keep(self, pipeline: DiffusionPipeline) -> None:
         folder = self.output_dir / BEST
+        (folder / "evaluation.json").unlink(missing_ok=True)  # it is not that of what comes now
         save_pipeline(pipeline, folder)
         card = model_card(
             pipeline,

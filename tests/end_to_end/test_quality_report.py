@@ -13,6 +13,7 @@ from PIL import Image
 from test_training import TINY, flags, launch, weights  # noqa: F401
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 
+import evaluation
 import quality_report
 import train_unconditional_stf as script
 from evaluation import as_pixels
@@ -102,6 +103,36 @@ def test_stopped_runs_catch_up_on_evaluations(evaluated, tmp_path):
         evaluated("--checkpointing_steps", 2, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")
     )
     assert records(tmp_path / "cut") == whole
+
+
+def test_a_run_that_dies_while_the_best_is_saved_comes_back_to_it(evaluated, tmp_path, monkeypatch):
+    """A full disk, after a first evaluation that went well."""
+    same = ("--checkpointing_steps", 2, "--lr_scheduler", "constant")
+    script.main(evaluated(*same))
+    expected = records(tmp_path / "run")
+    AcceleratorState._reset_state(True)
+    script.main(evaluated(*same, "--overwrite_output_dir", "--max_train_steps", 4))
+    AcceleratorState._reset_state(True)
+    shutil.rmtree(tmp_path / "run" / "best")
+    (tmp_path / "run" / "evaluations.json").unlink()
+    save = evaluation.save_pipeline
+
+    def full(*arguments, **keywords):
+        save(*arguments, **keywords)
+        raise OSError("No space left on device")
+
+    again = (*same, "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-4")
+    monkeypatch.setattr(evaluation, "save_pipeline", full)
+    with pytest.raises(OSError, match="evaluation cannot be written"):
+        script.main(evaluated(*again))
+    AcceleratorState._reset_state(True)
+    assert not (tmp_path / "run" / "evaluations.json").exists()
+    monkeypatch.setattr(evaluation, "save_pipeline", save)
+    script.main(evaluated(*again))
+    found = records(tmp_path / "run")
+    assert found == expected[1:]
+    best = json.loads((tmp_path / "run" / "best" / "evaluation.json").read_text())
+    assert best == min(found, key=lambda record: record["frechet_distance"])
 
 
 def test_overwriting_forgets_the_evaluations(evaluated, flags, tmp_path):  # noqa: F811
