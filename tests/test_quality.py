@@ -29,7 +29,7 @@ from transformers import (
 
 import stf_diffusers
 from oracles import normal
-from stf_diffusers.metrics import FeatureStatistics, frechet_distance
+from stf_diffusers.metrics import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
 from stf_diffusers.quality import inception_features, sample_quality, transformers_features
 
 MODULE = Path(stf_diffusers.__file__).parent / "evaluate_modules" / "sample_quality"
@@ -177,6 +177,11 @@ def test_every_number_says_how_it_was_measured():
     quality = sample_quality(normal(100, 6, seed=1), data, evaluations=35, **STAMP)
     expected = frechet_distance(FeatureStatistics.of(normal(100, 6, seed=1)), FeatureStatistics.of(data))
     assert quality.frechet_distance == expected
+    draws = torch.Generator().manual_seed(0)
+    kernel = kernel_distance(normal(100, 6, seed=1), data, generator=draws)
+    as_many = data[torch.randperm(300, generator=draws)[:100]]
+    assert quality.kernel_distance == kernel
+    assert (quality.precision, quality.recall) == precision_recall(normal(100, 6, seed=1), as_many)
     stamp = quality.stamp
     for part in ("a network", "100 samples", "300 of data, train split", "Heun, 18 steps", "35 evaluations", "0 to 99"):
         assert part in stamp
