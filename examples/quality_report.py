@@ -30,6 +30,7 @@ from generate import SETTINGS
 from image_data import ImageColumn, decode_all, find_column, load_split, make_reader
 from stf_diffusers.metrics import NearestNeighbors, nearest_neighbors
 from stf_diffusers.quality import FeatureExtractor, inception_features, sample_quality, transformers_features
+from stop_signal import settle_communication
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -131,7 +132,11 @@ def picture(samples: Tensor, train: Tensor, found: NearestNeighbors, count: int 
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    report(parse_args(argv))
+    settle_communication()
+
+
+def report(args: argparse.Namespace) -> None:
     state = PartialState()
     paths, how = find_samples(args)
     samples = read(paths)

@@ -1,8 +1,9 @@
-"""SIGTERM and SIGUSR1 as a request to save and stop, agreed over the processes of a run."""
+"""How a run ends: signals as a request to save and stop, agreed over its processes; and communication that settles first."""
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -51,3 +52,13 @@ class StopSignal:
         asked = torch.tensor([self.received is not None], dtype=torch.int32)
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
         return bool(asked)
+
+
+def settle_communication() -> None:
+    """Let the threads of torch's gloo groups finish what they hold, before anything may destroy a group.
+
+    They need the interpreter's lock to release tensors, and a group's destructor waits for them with that lock held: a
+    process then hangs for ever, seen in torch 2.13 at a run's end and after another process had died.
+    """
+    if dist.is_available() and dist.is_initialized():
+        time.sleep(0.5)

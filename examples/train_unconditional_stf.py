@@ -35,7 +35,6 @@ from typing import Any
 
 import datasets
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
@@ -95,7 +94,7 @@ from stf_diffusers.export import (
     save_pipeline,
 )
 from stf_diffusers.model_card import model_card
-from stop_signal import REQUEUE_EXIT_CODE, StopSignal
+from stop_signal import REQUEUE_EXIT_CODE, StopSignal, settle_communication
 from streaming import ImageStream
 from training_log import TargetShare, TrainingLog, log_picture, tracker_may_fail
 
@@ -825,16 +824,6 @@ def describe_run(
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["steps_of_schedule"] = max_steps
     return {"run": run, "settings": json.loads(json.dumps(settings))}
-
-
-def settle_communication() -> None:
-    """Let the threads of torch's gloo groups finish what they hold, before anything may destroy a group.
-
-    They need the interpreter's lock to release tensors, and a group's destructor waits for them with that lock held: a
-    process then hangs for ever, seen in torch 2.13 at a run's end and after another process had died.
-    """
-    if dist.is_available() and dist.is_initialized():
-        time.sleep(0.5)
 
 
 def end(accelerator: Accelerator, hub: HubUpload | None, output_dir: Path, patience: float = 1800) -> None:
