@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from PIL import Image
-from test_training import TINY, flags, launch, weights  # noqa: F401
+from test_training import flags, launch, tiny_autoencoder, weights  # noqa: F401
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 
 import evaluation
@@ -166,9 +166,37 @@ def test_features_of_the_data_are_computed_once(evaluated, tmp_path, caplog):
     assert path.stat().st_mtime_ns == before
 
 
-def test_classes_are_those_of_the_data(evaluated, tmp_path):
-    script.main(evaluated("--class_conditional"))
-    assert len(records(tmp_path / "run")) == 3
+@pytest.mark.parametrize(
+    "mode",
+    ["--class_conditional", "--class_conditional --reorient 0.5", "--reorient 0.5", "--vae {vae} --noise_process vp"],
+)
+def test_evaluations_in_other_modes(mode, evaluated, tmp_path):
+    """The data are pixels in all of them, and orientations are no classes."""
+    tiny_autoencoder().save_pretrained(tmp_path / "vae")
+    script.main(evaluated("--max_train_steps", 2, *mode.format(vae=tmp_path / "vae").split()))
+    (record,) = records(tmp_path / "run")
+    assert "against 24 of" in record["measured"] and record["frechet_distance"] > 0
+
+
+def test_labels_are_drawn_from_the_data(image_folder, extractor, evaluated, tmp_path, monkeypatch):
+    """One image in four is dark: so are a quarter of the labels, where cycling through the classes would give a half."""
+    folder = tmp_path / "uneven"
+    shutil.copytree(image_folder, folder)
+    for path in sorted((folder / "train" / "dark").glob("*.png"))[4:]:
+        path.unlink()
+    drawn = []
+    sample = evaluation.sample_images
+    monkeypatch.setattr(
+        evaluation,
+        "sample_images",
+        lambda pipeline, indices, **how: (
+            drawn.extend(map(how["label_of"], indices)) or sample(pipeline, indices, **how)
+        ),
+    )
+    more = ["--class_conditional", "--train_data_dir", folder, "--eval_num_samples", 400, "--max_train_steps", 2]
+    script.main(evaluated(*more))
+    # 0 is bright. Four standard errors of a share of 1/4 among 400.
+    assert abs(np.mean(drawn) - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
 
 
 WRONG = {
