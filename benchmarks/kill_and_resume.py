@@ -7,7 +7,8 @@
 Trains a small network in processes of their own, kills each with SIGKILL at a random moment (during start, steps,
 checkpoints, rotation, the final save), and starts it again with `--resume_from_checkpoint latest` until it has ended; then
 the next chain begins, until there were that many kills. After each kill every checkpoint that counts as complete is
-compared with the same step's of a run that was not killed, and at the end of each chain the saved pipeline: bit by bit.
+compared with the same step's of a run that was not killed, and at the end of each chain the saved pipeline, the best
+pipeline and the evaluations: bit by bit.
 Of several processes (gloo) one is killed, and the others have to end by themselves; while they start and wait for each
 other they are killed too, as launchers do.
 """
@@ -29,6 +30,8 @@ import time
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
+from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -41,10 +44,13 @@ VARIANTS = (
     ["--random_flip", "--reference", "bank"],
     ["--gradient_accumulation_steps", "2", "--mixed_precision", "bf16", "--reference_batch_size", "64"],
     ["--class_conditional", "--no-use_ema"],
+    ["--eval_steps", "1", "--eval_num_samples", "5"],
 )
 
 
 def flags(folder: Path, output: Path, variant: list[str]) -> list[str]:
+    if "--eval_steps" in variant:
+        variant = [*variant, "--eval_extractor", str(folder / "extractor"), "--cache_dir", str(folder / "cache")]
     return [
         "--model_config", str(folder / "net.json"), "--output_dir", str(output), "--train_batch_size", "8",
         "--max_train_steps", str(STEPS), "--checkpointing_steps", "1", "--checkpoints_total_limit", "2", "--num_samples",
@@ -109,7 +115,15 @@ class Run:
 
 def digest(folder: Path) -> dict[str, str]:
     """What decides how a run goes on from a checkpoint, or what a pipeline is: digests by file."""
-    kept = (".safetensors", "optimizer.bin", "scheduler.bin", "config.json", "model_index.json")
+    kept = (
+        ".safetensors",
+        "optimizer.bin",
+        "scheduler.bin",
+        "config.json",
+        "model_index.json",
+        "evaluation.json",
+        "evaluations.json",
+    )
     paths = [path for path in sorted(folder.rglob("*")) if path.name.endswith(kept) and path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
@@ -134,6 +148,10 @@ def check_checkpoints(output: Path, expected: dict[str, dict[str, str]]) -> int:
 def trial(kills: int, seed: int, folder: Path, world: int = 1) -> dict[str, int]:
     """Chains of killed runs of `world` processes until there were `kills`; counts of what happened."""
     (folder / "net.json").write_text(json.dumps(TINY))
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")).save_pretrained(
+        folder / "extractor"
+    )
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "extractor")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     # The server that processes are forked from has imported everything; it finds modules by this alone.

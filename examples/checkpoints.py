@@ -142,7 +142,7 @@ def sync(path: Path) -> None:
 def remove_leftovers(output_dir: Path) -> None:
     """Remove what a run that was killed left half-written or half-removed."""
     for pattern in (".saving-*", ".removing-*", ".upload-*", ".writing-*"):
-        for path in output_dir.glob(pattern):
+        for path in (*output_dir.glob(pattern), *output_dir.glob(f"best/{pattern}")):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -227,6 +227,6 @@ class Evaluation:
 
     @staticmethod
     def _write(path: Path, content: Any) -> None:
-        aside = path.with_name(f".{path.name}")
+        aside = path.with_name(f".writing-{path.name}")
         aside.write_text(json.dumps(content, indent=2, ensure_ascii=False))
         os.replace(aside, path)
