@@ -203,36 +203,43 @@ class NearestNeighbors(NamedTuple):
         return self.ratio < threshold
 
 
-def nearest_neighbors(samples: Tensor, data: Tensor, *, chunk_size: int = 256) -> NearestNeighbors:
+def nearest_neighbors(samples: Tensor, data: Tensor, *, chunk_size: int = 1024) -> NearestNeighbors:
     """Which data the samples resemble, and how much more than any other: a ratio near 0 is a copy (Yoon et al. 2023).
 
-    Data that are in the set twice count once.
+    Data that are in the set twice count once. Beyond the arguments, memory is that of chunks: pixels may stay uint8.
 
     Args:
         samples, data: (n, d) and (m, d) features or flattened images, with at least two different data.
-        chunk_size: samples at a time.
+        chunk_size: samples, and data, at a time.
 
     Raises:
         TypeError, ValueError: features that do not fit.
     """
-    samples, data = _features(samples, "samples", at_least=1), _features(data, "data")
+    for name, rows in (("samples", samples), ("data", data)):
+        _features(rows[:1], name, at_least=1)
     if samples.shape[1] != data.shape[1]:
         raise ValueError(f"features of {samples.shape[1]} and {data.shape[1]} dimensions cannot be compared.")
     first = _first_of_each(data)
     if len(first) < 2:
         raise ValueError("data must hold two different images at least; all are equal.")
-    distinct = data[first]
-    norms = distinct.square().sum(1)
     nearest, distances = [], []
     for part in samples.split(chunk_size):
+        part = _features(part, "samples", at_least=1)
         # Products find the candidates; their differences are exact, 0 for a copy.
-        candidates = (norms - 2 * part @ distinct.T).topk(min(8, len(distinct)), largest=False).indices
-        exact = (part[:, None] - distinct[candidates]).square().sum(2).sqrt()
+        found = torch.empty(len(part), 0, dtype=torch.float64, device=part.device)
+        candidates = torch.empty(len(part), 0, dtype=torch.int64, device=part.device)
+        for rows in first.split(chunk_size):
+            values = _features(data[rows], "data", at_least=1)
+            found = torch.cat([found, values.square().sum(1) - 2 * part @ values.T], 1)
+            candidates = torch.cat([candidates, rows.expand(len(part), -1)], 1)
+            found, kept = found.topk(min(8, found.shape[1]), largest=False)
+            candidates = candidates.gather(1, kept)
+        exact = torch.stack([(part - data[column]).square().sum(1).sqrt() for column in candidates.T], 1)
         values, order = exact.topk(2, largest=False)
-        nearest.append(first[candidates.gather(1, order[:, :1])[:, 0]])
+        nearest.append(candidates.gather(1, order[:, :1])[:, 0])
         distances.append(values)
-    found = torch.cat(distances)
-    return NearestNeighbors(torch.cat(nearest), found[:, 0], found[:, 0] / found[:, 1])
+    both = torch.cat(distances)
+    return NearestNeighbors(torch.cat(nearest), both[:, 0], both[:, 0] / both[:, 1])
 
 
 def _first_of_each(data: Tensor) -> Tensor:

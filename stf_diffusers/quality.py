@@ -53,10 +53,8 @@ class FeatureExtractor:
             raise TypeError(f"images must be uint8 pixels; got {images.dtype}.")
         if images.ndim != 4 or images.shape[1] not in (1, 3, 4) or not len(images):
             raise ValueError(f"images must have shape (n, C, H, W) with C of 1, 3 or 4; got {tuple(images.shape)}.")
-        parts = [
-            part.expand(-1, 3, -1, -1)[:, :3] if part.shape[1] == 1 else part[:, :3]
-            for part in images.split(batch_size)
-        ]
+        colours = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+        parts = colours.split(batch_size)
         features = torch.cat([self.compute(part).flatten(1).float().cpu() for part in parts])
         if not bool(features.isfinite().all()):
             raise ValueError(f"features of {self.name} are not all finite.")
@@ -170,6 +168,7 @@ class SampleQuality:
         reference: which data: the set, and the split.
         sampler, evaluations: how the samples were made, with how many evaluations of the network each.
         seeds: of the samples.
+        dimensions: of the features.
     """
 
     frechet_distance: float
