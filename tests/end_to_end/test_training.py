@@ -319,13 +319,14 @@ def test_flags_from_a_file(flags, tmp_path):
     assert (args.noise_process, args.sigma_max, args.objective) == ("ve", 50.0, "dsm")
 
 
-@pytest.mark.parametrize("name", ["train_unconditional_stf", "generate"])
+@pytest.mark.parametrize("name", ["train_unconditional_stf", "generate", "quality_report"])
 def test_every_flag_is_read(name):
     module = __import__(name)
     source = (EXAMPLES / f"{name}.py").read_text().split("args = parser.parse_args(argv)")[1]
-    source += (EXAMPLES / "references.py").read_text()
+    source += "".join((EXAMPLES / f"{sibling}.py").read_text() for sibling in ("references", "evaluation"))
     by_name = {parameter for names in script.PROCESS_PARAMETERS.values() for parameter in names}
-    required = ["--model", "m", "--output_dir", "d"] if name == "generate" else []
+    required = {"generate": ["--model", "m"], "quality_report": ["--samples", "s", "--extractor", "e"]}.get(name, [])
+    required += ["--output_dir", "d"]
     for flag in vars(module.parse_args(required)):
         assert flag in by_name or re.search(rf"args\.{flag}\b", source), flag
 
@@ -344,6 +345,7 @@ def test_logged_values(flags, tmp_path):
     np.testing.assert_allclose(rates, [0, 5e-4, 1e-3, 5e-4], rtol=1e-6)
     sizes = {tag: events.Scalars(tag)[-1].value for tag in tags if tag.startswith("effective_sample_size/")}
     assert sizes and all(1 - 1e-5 <= size <= 24 + 1e-3 for size in sizes.values())
+    assert {tag.replace("effective_sample_size", "variance_removed") for tag in sizes} <= tags
     assert "samples" in events.Tags()["images"]
 
 
