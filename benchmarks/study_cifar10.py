@@ -58,6 +58,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset_name", help="Default: scikit-learn's digits, with a network of 0.28 M parameters.")
     parser.add_argument("--steps", type=int, default=1000, help="Of each training, with 64 images.")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", nargs="+", choices=PROCESSES, default=list(PROCESSES))
+    parser.add_argument("--all_or_none", action="store_true", help="Only DSM and STF with all images.")
     parser.add_argument("--num_samples", type=int, default=1000, help="For each distance.")
     parser.add_argument("--extractor", help="A vision model of transformers. Default: a ResNet trained on the labels.")
     parser.add_argument("--minutes", type=float, default=9, help="Stop after this time, at the latest a minute later.")
@@ -95,7 +97,9 @@ class Training:
 def trainings(args: argparse.Namespace) -> list[Training]:
     """All of them, seed by seed."""
     sizes = (0, 256, 1024, None) if args.dataset_name is None else (0, 256, 1024, 4096, None)
-    return [Training(process, n, seed) for seed, process, n in product(range(args.seeds), PROCESSES, sizes)]
+    if args.all_or_none:
+        sizes = (0, None)
+    return [Training(process, n, seed) for seed, process, n in product(range(args.seeds), args.processes, sizes)]
 
 
 def evaluated_steps(args: argparse.Namespace) -> list[int]:
@@ -277,7 +281,7 @@ def report(args: argparse.Namespace) -> None:
     """results.md and the figures."""
     results = [json.loads(path.read_text()) for path in sorted((args.output_dir / "evaluations").glob("*.json"))]
     noise = [
-        row for process in PROCESSES for row in json.loads((args.output_dir / f"noise-{process}.json").read_text())
+        row for process in args.processes for row in json.loads((args.output_dir / f"noise-{process}.json").read_text())
     ]
     lines = [f"{results[0]['measured']}; seeds of training 0 to {args.seeds - 1}, {64 * args.steps:,} images seen.", ""]
     lines += [
@@ -331,8 +335,10 @@ def draw(args: argparse.Namespace, results: list[dict[str, Any]], noise: list[di
     targets = list(dict.fromkeys(run.references for run in trainings(args)))
     colours = {n: f"C{place}" for place, n in enumerate(targets)}
     for name, label in (("images", "images seen"), ("time", "seconds of training")):
-        figure = Figure(figsize=(12, 3.6), layout="constrained")
-        for process, axis in zip(PROCESSES, figure.subplots(1, len(PROCESSES)), strict=True):
+        figure = Figure(figsize=(4 * len(args.processes), 3.6), layout="constrained")
+        for process, axis in zip(
+            args.processes, figure.subplots(1, len(args.processes), squeeze=False)[0], strict=True
+        ):
             for n in targets:
                 rows = [select(results, process, n, step) for step in evaluated_steps(args)]
                 seen = [64 * step for step in evaluated_steps(args)]
@@ -350,9 +356,9 @@ def draw(args: argparse.Namespace, results: list[dict[str, Any]], noise: list[di
         figure.axes[0].set_ylabel("Fréchet distance (range over seeds)")
         figure.axes[0].legend(frameon=False)
         figure.savefig(args.output_dir / f"distance_against_{name}.png", dpi=110)
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
-    axes = figure.subplots(2, len(PROCESSES), sharex=True)
-    for column, process in enumerate(PROCESSES):
+    figure = Figure(figsize=(4 * len(args.processes), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(args.processes), sharex=True, squeeze=False)
+    for column, process in enumerate(args.processes):
         for n in targets:
             rows = [
                 row for row in noise if (row["process"], row["references"]) == (process, n) and row["level"] is not None
@@ -373,7 +379,10 @@ def draw(args: argparse.Namespace, results: list[dict[str, Any]], noise: list[di
 
 def main() -> None:
     args = parse_args()
-    settings = {name: getattr(args, name) for name in ("dataset_name", "steps", "seeds", "num_samples", "extractor")}
+    settings = {
+        name: getattr(args, name)
+        for name in ("dataset_name", "steps", "seeds", "processes", "all_or_none", "num_samples", "extractor")
+    }
     path = args.output_dir / "settings.json"
     if path.exists() and (before := json.loads(path.read_text())) != settings:
         raise ValueError(f"{args.output_dir} was begun with {before}; got {settings}. Choose another --output_dir.")
@@ -388,7 +397,7 @@ def main() -> None:
     data = data_features(images, extractor, None, quiet=True)
     work: list[tuple[Path, Any]] = [
         (args.output_dir / f"noise-{process}.json", lambda process=process: gradient_noise(process, args, images))
-        for process in PROCESSES
+        for process in args.processes
     ]
     for run, step in product(trainings(args), evaluated_steps(args)):
         path = args.output_dir / "evaluations" / f"{run.folder(args.output_dir).name}-{step}.json"
