@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,7 +74,8 @@ def as_pixels(images: Sequence[Image.Image]) -> Tensor:
 def gathered(features: Tensor) -> Tensor:
     """Rows `rank::processes` of each process (k, d), put in order."""
     parts = gather_object([features.numpy()])
-    whole = np.empty((sum(map(len, parts)), features.shape[1]), dtype=np.float32)
+    # A process without rows does not know how wide they are.
+    whole = np.empty((sum(map(len, parts)), max(part.shape[1] for part in parts)), dtype=np.float32)
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part
     return torch.from_numpy(whole)
@@ -207,10 +209,10 @@ class Evaluation:
         }
 
     def _is_best(self, quality: SampleQuality) -> bool:
-        path = self.output_dir / BEST / "evaluation.json"
-        best = json.loads(path.read_text()) if path.is_file() else None
-        # Numbers that were measured otherwise are no rivals.
-        return best is None or best["measured"] != quality.stamp or quality.frechet_distance < best["frechet_distance"]
+        """Among this run's evaluations that were measured alike; what else lies in the folder is no rival."""
+        rivals = [record["frechet_distance"] for record in self.records[:-1] if record["measured"] == quality.stamp]
+        present = (self.output_dir / BEST / "evaluation.json").is_file()
+        return not present or quality.frechet_distance < min(rivals, default=math.inf)
 
     def _keep(self, pipeline: DiffusionPipeline) -> None:
         folder = self.output_dir / BEST

@@ -135,6 +135,20 @@ def test_a_run_that_dies_while_the_best_is_saved_comes_back_to_it(evaluated, tmp
     assert best == min(found, key=lambda record: record["frechet_distance"])
 
 
+def test_the_best_of_another_run_is_no_rival(evaluated, tmp_path):
+    """Of a run that left no checkpoint, in the same folder, measured alike."""
+    script.main(evaluated())
+    expected = (tmp_path / "run" / "best" / "evaluation.json").read_text()
+    stale = json.loads(expected) | {"step": 1, "frechet_distance": 1e-9}
+    (tmp_path / "other" / "best").mkdir(parents=True)
+    for path in ("evaluations.json", "best/evaluation.json"):
+        (tmp_path / "other" / path).write_text(json.dumps([stale] if path == "evaluations.json" else stale))
+    AcceleratorState._reset_state(True)
+    script.main(evaluated("--output_dir", tmp_path / "other"))
+    assert (tmp_path / "other" / "best" / "evaluation.json").read_text() == expected
+    assert [record["step"] for record in records(tmp_path / "other")] == [2, 4, 6]
+
+
 def test_overwriting_forgets_the_evaluations(evaluated, flags, tmp_path):  # noqa: F811
     script.main(evaluated())
     AcceleratorState._reset_state(True)
