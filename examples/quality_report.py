@@ -119,9 +119,8 @@ def make_extractor(args: argparse.Namespace, device: torch.device) -> FeatureExt
     return transformers_features(args.extractor, device=device, cache_dir=args.cache_dir)
 
 
-def picture(samples: Tensor, train: Tensor, found: NearestNeighbors, count: int = 24) -> Image.Image:
-    """The samples with the least ratios, each above its nearest training image, in rows of twelve."""
-    chosen = found.ratio.argsort()[:count]
+def picture(samples: Tensor, train: Tensor, found: NearestNeighbors, chosen: Tensor) -> Image.Image:
+    """The chosen samples, each above its nearest training image, in rows of twelve."""
     pairs = torch.cat([samples[chosen], train[found.neighbor[chosen]]], 2).permute(0, 2, 3, 1).numpy()
     pairs = np.pad(pairs, ((0, 0), (1, 3), (1, 1), (0, 0)), constant_values=255)
     pairs = np.concatenate([pairs, np.full_like(pairs[: -len(pairs) % 12], 255)])
@@ -164,9 +163,20 @@ def report(args: argparse.Namespace) -> None:
     found = nearest_neighbors(samples.flatten(1), images.flatten(1))
     copies = [paths[index].name for index in found.copies().nonzero()[:, 0].tolist()]
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    content = asdict(quality) | {"limits": quality.limits, "copies": copies, "smallest_ratio": found.ratio.min().item()}
+    content = asdict(quality) | {"limits": quality.limits, "copies": copies}
+    content["ratio_quantiles"] = {str(q): found.ratio.quantile(q).item() for q in (0.0, 0.01, 0.05, 0.25, 0.5)}
+    chosen = found.ratio.argsort()[:24]
+    content["nearest"] = [
+        {
+            "sample": paths[index].name,
+            "training_image": found.neighbor[index].item() % len(train),
+            "mirrored": found.neighbor[index].item() >= len(train),
+            "ratio": found.ratio[index].item(),
+        }
+        for index in chosen.tolist()
+    ]
     (args.output_dir / "quality.json").write_text(json.dumps(content, indent=2, ensure_ascii=False))
-    picture(samples, images, found).save(args.output_dir / "memorization.png")
+    picture(samples, images, found, chosen).save(args.output_dir / "memorization.png")
     lines = ["| | |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in quality.rows().items())]
     lines += [f"| Kernel distance, standard error over subsets | {quality.kernel_distance.standard_error:.2g} |"]
     lines += ["", *quality.limits, ""] if quality.limits else [""]

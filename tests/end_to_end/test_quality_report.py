@@ -253,6 +253,9 @@ def test_report_names_planted_copies_and_only_them(image_folder, extractor, tmp_
     found = json.loads((tmp_path / "report" / "quality.json").read_text())
     assert found["copies"] == ["000002.png", "000007.png"]
     assert (found["sampler"], found["evaluations"], found["seeds"]) == ("heun, 18 steps", 35, "3 to 14")
+    first, second = sorted(found["nearest"][:2], key=lambda pair: pair["sample"])
+    assert (first["training_image"], second["training_image"]) == (5, 20) and not first["mirrored"]
+    assert found["ratio_quantiles"]["0.0"] == min(first["ratio"], second["ratio"]) < 1 / 3
     text = (tmp_path / "report" / "quality.md").read_text()
     assert "2 of 12 samples" in text and "not comparable" in text and "12 samples (heun, 18 steps" in text
     # Pairs of the samples with the least ratios come first: those that were planted.
@@ -267,7 +270,11 @@ def test_report_names_planted_copies_and_only_them(image_folder, extractor, tmp_
     argv[1], plain = tmp_path / "mirrored", ["--sampler", "s", "--seeds", "0"]
     for more, copies in (([], []), (["--random_flip"], ["000001.png"])):
         quality_report.main([str(part) for part in [*argv, *plain, *more]])
-        assert json.loads((tmp_path / "report" / "quality.json").read_text())["copies"] == copies
+        found = json.loads((tmp_path / "report" / "quality.json").read_text())
+        assert found["copies"] == copies
+    assert found["nearest"][0] | {"ratio": 0} == {
+        "sample": "000001.png", "training_image": 4, "mirrored": True, "ratio": 0,
+    }  # fmt: skip
 
 
 def test_wrong_input_to_the_report(image_folder, extractor, tmp_path):
