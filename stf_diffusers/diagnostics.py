@@ -41,7 +41,9 @@ class TargetVariance:
     x_t a target ``a x0 + b noise`` is linear in x0, so its variance is that of x0 times `factor` of the prediction type.
 
     Attributes:
-        time, alpha, sigma: t, and the process's coefficients there.
+        time: t.
+        alpha: the process's coefficient of x0 there.
+        sigma: that of the noise.
         dsm: V_DSM(t), the variance of x0.
         stf: V_STF(t; n), the variance of the posterior mean over n references, by n.
         stf_share: V_STF(t; n) / V_DSM(t), by n. NaN where V_DSM is zero.

@@ -162,11 +162,14 @@ class SampleQuality:
     Attributes:
         frechet_distance: squared Fréchet distance of normal distributions; FID, on Inception's features.
         kernel_distance: squared kernel distance with its standard error; KID, on Inception's features.
-        precision, recall: with 3 neighbours, between the samples and as many of the data, or all.
-        num_samples, num_references: how many of each.
+        precision: share of samples among the data, with 3 neighbours; as many of the data as samples, or all.
+        recall: share of data among the samples, likewise.
+        num_samples: how many samples.
+        num_references: how many of the data.
         extractor: whose features.
         reference: which data: the set, and the split.
-        sampler, evaluations: how the samples were made, with how many evaluations of the network each.
+        sampler: how the samples were made.
+        evaluations: of the network, for each sample.
         seeds: of the samples.
         dimensions: of the features.
     """

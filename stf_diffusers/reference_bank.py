@@ -153,7 +153,7 @@ class ReferenceBank(ReferenceSet):
 
     @property
     def num_references(self) -> int:
-        """Number of references that a posterior mean without labels is over: mirrors counted."""
+        """Number of references that a posterior mean without labels is over, mirrors counted."""
         return self._num_images * (2 if self.augmentation == "horizontal_flip" else 1)
 
     @property
