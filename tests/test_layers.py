@@ -15,7 +15,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 
 # A module imports from lower rows only. A new module is a new entry here; "*" stands for any ending.
 LAYERS = [
-    {"prediction", "posterior", "metrics"},
+    {"prediction", "posterior", "metrics", "files"},
     {"noise", "stored_rows"},
     {"reference", "reference_set", "denoising", "solvers"},
     {"dataset_images"},
@@ -24,6 +24,7 @@ LAYERS = [
     {"objective"},
     {"diagnostics"},
     {"plotting"},
+    {"variance_report"},
     {"export", "scheduling_*", "quality"},
     {"sde"},
     {"model_card"},
@@ -33,6 +34,7 @@ TORCH_ALONE = (
     "prediction",
     "posterior",
     "metrics",
+    "files",
     "noise",
     "reference",
     "reference_set",
