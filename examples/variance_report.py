@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from stf_diffusers import ReferenceBank, target_variance
+from stf_diffusers import ReferenceBank, __version__, target_variance
 from stf_diffusers.diagnostics import TargetVariance
 from stf_diffusers.files import replacing
 from stf_diffusers.noise import NOISE_PROCESSES, NoiseProcess
@@ -177,10 +177,11 @@ def main(argv: list[str] | None = None) -> None:
     advice = advise(rows, drawn)
     pictures = draw(rows, drawn)
     command = shlex.join(["python", "examples/variance_report.py", *(sys.argv[1:] if argv is None else argv)])
+    versions = f"stf_diffusers {__version__}, torch {torch.__version__}"
     numbers = {"command": command, "advice": asdict(advice), "rows": [asdict(row) for row in rows]}
     contents = {picture.name: picture.png for picture in pictures}
     contents["variance.json"] = json.dumps(without_nan(numbers), indent=1).encode()
-    contents["index.html"] = report_page(data, rows, advice, pictures, command).encode()
+    contents["index.html"] = report_page(data, rows, advice, pictures, command, versions).encode()
     for name, content in contents.items():
         with replacing(args.output_dir / name) as file:
             file.write_bytes(content)

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from . import __version__
 from .diagnostics import Estimate, TargetVariance
 from .plotting import plot_phases, plot_remaining_share, plot_variance
 
@@ -203,6 +201,7 @@ def report_page(
     advice: Advice,
     pictures: Sequence[Picture],
     command: str,
+    versions: str,
 ) -> str:
     """The whole report as an HTML page that refers to no other file.
 
@@ -211,6 +210,7 @@ def report_page(
         rows: the variance at each noise level, in ascending order.
         advice, pictures: of `advise` and `draw`.
         command: the command that makes the report again.
+        versions: of the software that made it.
     """
     count = data.num_images
     images = f"{count:,} images" + (f" of {data.available:,}, drawn at random" if count < data.available else "")
@@ -255,7 +255,7 @@ the Stable Target Field (STF) on the posterior mean over n images that contain t
 V<sub>DSM</sub> and V<sub>STF</sub> are their variances given x<sub>t</sub>, averaged over x<sub>t</sub>; D is the
 f-divergence of the data from the posterior; the effective number of sources is one over the sum of squared posterior
 weights (Xu, Tong &amp; Jaakkola 2023, arXiv 2302.00670).</p>
-<p><code>{html.escape(command)}</code><br>stf_diffusers {__version__}, torch {html.escape(torch.__version__)}</p>
+<p><code>{html.escape(command)}</code><br>{html.escape(versions)}</p>
 </main>
 </body>
 </html>
