@@ -42,8 +42,9 @@ from evaluation import as_pixels, data_features
 from image_data import ImageColumn, decode_all, find_column, load_split, make_reader
 from stf_diffusers import ReferenceBank, STFPipeline, STFTrainingObjective
 from stf_diffusers.export import network_of
+from stf_diffusers.feature_extractors import FeatureExtractor, transformers_features
 from stf_diffusers.metrics import FeatureStatistics, nearest_neighbors
-from stf_diffusers.quality import FeatureExtractor, sample_quality, transformers_features
+from stf_diffusers.quality import sample_quality
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "examples" / "train_unconditional_stf.py"
