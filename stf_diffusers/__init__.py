@@ -9,7 +9,8 @@ from .noise import EDM, VE, VP, FlowMatching, NoiseProcess, SchedulerProcess
 from .objective import PerturbedBatch, STFTrainingObjective
 from .posterior import PosteriorMean, posterior_mean
 from .reference import ReferenceBatchCollator, ReferenceBatchSampler
-from .reference_bank import ReferenceBank, SharedReferences
+from .reference_bank import ReferenceBank
+from .reference_set import SharedReferences
 from .solvers import Churn, Discretization, log_likelihood, sample_ode, sample_rk45
 
 if TYPE_CHECKING:

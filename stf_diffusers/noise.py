@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -76,6 +76,13 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _parameter(
+    default: Any, help: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+) -> Any:
+    """A parameter of a process, with what a command line says of it and the values that it takes there."""
+    return field(default=default, metadata={"help": help, "above": above, "at_least": at_least, "at_most": at_most})
+
+
 @dataclass(frozen=True)
 class EDM(NoiseProcess):
     """Karras et al. 2022 (arXiv 2206.00364): t is the noise level, ln t is normal, the network is preconditioned.
@@ -85,9 +92,9 @@ class EDM(NoiseProcess):
         p_mean, p_std: mean and standard deviation of ln t in training.
     """
 
-    sigma_data: float = 0.5
-    p_mean: float = -1.2
-    p_std: float = 1.2
+    sigma_data: float = _parameter(0.5, "Standard deviation of the data in [-1, 1]", above=0)
+    p_mean: float = _parameter(-1.2, "Mean of ln(sigma) in training", at_least=-20, at_most=20)
+    p_std: float = _parameter(1.2, "Standard deviation of ln(sigma) in training", above=0, at_most=10)
 
     def __post_init__(self) -> None:
         _require(
@@ -129,8 +136,8 @@ class VE(NoiseProcess):
         sigma_min, sigma_max: extremes of the noise level, for images in [-1, 1].
     """
 
-    sigma_min: float = 0.02
-    sigma_max: float = 100.0
+    sigma_min: float = _parameter(0.02, "Smallest noise level", above=0)
+    sigma_max: float = _parameter(100.0, "Largest noise level", above=0)
 
     def __post_init__(self) -> None:
         _require(
@@ -175,9 +182,9 @@ class VP(NoiseProcess):
         epsilon_t: smallest time drawn in training.
     """
 
-    beta_d: float = 19.9
-    beta_min: float = 0.1
-    epsilon_t: float = 1e-5
+    beta_d: float = _parameter(19.9, "Slope of beta(t)", above=0)
+    beta_min: float = _parameter(0.1, "beta(0)", at_least=0)
+    epsilon_t: float = _parameter(1e-5, "Smallest training time", above=0, at_most=0.5)
 
     last_time: ClassVar[float] = 1.0
 
@@ -227,9 +234,9 @@ class FlowMatching(NoiseProcess):
         logit_mean, logit_std: mean and standard deviation of logit(t), used by "logit_normal" alone.
     """
 
-    time_distribution: Literal["uniform", "logit_normal"] = "uniform"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
+    time_distribution: Literal["uniform", "logit_normal"] = _parameter("uniform", "Distribution of training times")
+    logit_mean: float = _parameter(0.0, "Mean of logit(t), for logit-normal times", at_least=-20, at_most=20)
+    logit_std: float = _parameter(1.0, "Standard deviation of logit(t), for logit-normal times", above=0, at_most=10)
 
     last_time: ClassVar[float] = 1.0
 
@@ -266,6 +273,15 @@ class FlowMatching(NoiseProcess):
 
     def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return prediction_coefficients("flow_prediction", self.alpha(t), self.sigma(t))
+
+
+# The processes that a network can be trained on and saved with, by name.
+NOISE_PROCESSES: dict[str, type[EDM] | type[VE] | type[VP] | type[FlowMatching]] = {
+    "edm": EDM,
+    "ve": VE,
+    "vp": VP,
+    "flow": FlowMatching,
+}
 
 
 class SchedulerProcess(NoiseProcess):

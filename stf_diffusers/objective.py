@@ -18,7 +18,8 @@ from torch import Tensor
 from .noise import NoiseProcess, SchedulerProcess, expand_as_rows
 from .posterior import PosteriorMean, full_precision, pixels_to_float, posterior_mean
 from .prediction import prediction_coefficients
-from .reference_bank import ReferenceBank, ReferenceSet
+from .reference_bank import ReferenceBank
+from .reference_set import ReferenceSet
 
 
 @dataclass(frozen=True)

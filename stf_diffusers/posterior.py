@@ -12,7 +12,7 @@ states of chunks merge exactly, as in streaming softmax, so no (B, n, D) tensor 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +40,13 @@ class ReferenceRows(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+def take_rows(reference: ReferenceRows, rows: Tensor) -> Tensor:
+    """The rows (k,), in that order."""
+    if isinstance(reference, Tensor):
+        return reference[rows.to(reference.device)]
+    return torch.cat([reference[slice(row, row + 1)] for row in rows.tolist()])
 
 
 @contextmanager
@@ -102,6 +109,14 @@ class PosteriorState:
     squares: Tensor
     weighted_sum: Tensor
 
+    def __getitem__(self, rows: Tensor | slice) -> PosteriorState:
+        return PosteriorState(*(field[rows] for field in vars(self).values()))
+
+    @staticmethod
+    def cat(states: Iterable[PosteriorState]) -> PosteriorState:
+        """The rows of several states, in order."""
+        return PosteriorState(*map(torch.cat, zip(*(vars(state).values() for state in states), strict=True)))
+
     def merge(self, other: PosteriorState) -> PosteriorState:
         """The state of both sets of references together."""
         maximum = torch.maximum(self.maximum, other.maximum)
@@ -115,7 +130,7 @@ class PosteriorState:
 
     def merge_rows(self, rows: Tensor, other: PosteriorState) -> PosteriorState:
         """The state in which `other` is merged into `rows` alone."""
-        merged = PosteriorState(*(field[rows] for field in vars(self).values())).merge(other)
+        merged = self[rows].merge(other)
         fields = zip(vars(self).values(), vars(merged).values(), strict=True)
         return PosteriorState(*(mine.index_copy(0, rows, new) for mine, new in fields))
 
@@ -139,6 +154,12 @@ class PosteriorState:
             mean = mean.add_(128).div_(127.5).sub_(1)
         return PosteriorMean(mean, (self.normalizer**2 / self.squares).to(dtype))
 
+    def result_like(self, noisy: Tensor, reference_dtype: torch.dtype) -> PosteriorMean:
+        """The result in the shape of `noisy` (B, ...), in float64 where `noisy` and the references are, else float32."""
+        dtype = torch.float64 if noisy.dtype == reference_dtype == torch.float64 else torch.float32
+        mean, effective_sample_size = self.result(dtype, centred_levels=reference_dtype == torch.uint8)
+        return PosteriorMean(mean.reshape(noisy.shape), effective_sample_size)
+
 
 def centred_levels(pixels: Tensor) -> Tensor:
     """uint8 pixels u as int8 levels u - 128."""
@@ -160,6 +181,16 @@ def squared_norms(images: Tensor) -> Tensor:
         parts += [part.sum(1) for part in values.square_().split(512, dim=1)]
         norms.append(torch.stack(parts).to(torch.float64).sum(0))
     return torch.cat(norms)
+
+
+def levels_or_floats(images: Tensor) -> Tensor:
+    """References as the products read them: uint8 pixels as centred levels, others as `pixels_to_float` has them."""
+    return centred_levels(images) if images.dtype == torch.uint8 else pixels_to_float(images)
+
+
+def reference_norms(images: Tensor) -> Tensor:
+    """(n,) float64, `squared_norms` of references (n, ...) of any dtype that references have."""
+    return squared_norms(levels_or_floats(images.flatten(1)))
 
 
 def _digits(values: Tensor) -> Tensor:
@@ -341,7 +372,7 @@ def posterior_state(
         for start in range(rows.start, rows.stop, chunk_size):
             chunk = slice(start, min(start + chunk_size, rows.stop))
             images = reference[chunk].to(noisy.device, non_blocking=True).flatten(1)
-            images = centred_levels(images) if images.dtype == torch.uint8 else pixels_to_float(images)
+            images = levels_or_floats(images)
             known = squared_norms(images) if norms is None else norms[chunk].to(noisy.device)
             images = queries.exact(images)
             logits = queries.logits(images, known)
@@ -462,6 +493,4 @@ def posterior_mean(
     state = posterior_state(
         noisy.flatten(1), reference, alpha, sigma, mask=mask, chunk_size=chunk_size, arithmetic=arithmetic
     )
-    dtype = torch.float64 if noisy.dtype == reference.dtype == torch.float64 else torch.float32
-    mean, effective_sample_size = state.result(dtype, centred_levels=reference.dtype == torch.uint8)
-    return PosteriorMean(mean.reshape(noisy.shape), effective_sample_size)
+    return state.result_like(noisy, reference.dtype)
