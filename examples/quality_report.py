@@ -24,8 +24,9 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
+from stf_diffusers.feature_extractors import FeatureExtractor, inception_features, transformers_features
 from stf_diffusers.metrics import NearestNeighbors, nearest_neighbors
-from stf_diffusers.quality import FeatureExtractor, inception_features, sample_quality, transformers_features
+from stf_diffusers.quality import sample_quality
 from stf_diffusers.training.data_set import find_image_column, load_split
 from stf_diffusers.training.evaluation import SMALLEST, data_features, gathered
 from stf_diffusers.training.image_data import ImageColumn, decode_all, make_reader

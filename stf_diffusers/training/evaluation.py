@@ -21,10 +21,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..export import save_pipeline
+from ..feature_extractors import FeatureExtractor, transformers_features
 from ..files import replacing
 from ..metrics import FeatureStatistics
 from ..model_card import model_card
-from ..quality import FeatureExtractor, SampleQuality, sample_quality, transformers_features
+from ..quality import SampleQuality, sample_quality
 from .image_data import ImageColumn
 from .run_folder import BEST, RECORDS, explained_write_errors
 from .sampling import as_pixels, sample_images, seed_for

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..reference import ReferenceBatchSampler
 from ..reference_bank import Augmentation, ReferenceBank
+from ..reference_batch import ReferenceBatchSampler
 from ..reference_set import SharedReferences
 from .sources import TrainingImages
 

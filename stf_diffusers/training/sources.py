@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..reference import ReferenceBatchCollator, ReferenceBatchSampler
 from ..reference_bank import Augmentation, ReferenceBank
+from ..reference_batch import ReferenceBatchCollator, ReferenceBatchSampler
 
 
 class TrainingImages(ABC):

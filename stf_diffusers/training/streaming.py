@@ -13,8 +13,8 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
-from ..reference import ReferenceBatchSampler
 from ..reference_bank import Augmentation, ReferenceBank
+from ..reference_batch import ReferenceBatchSampler
 from .data_set import find_image_column, find_label_column
 from .image_data import ImageReader, make_reader, read_row, standard_deviation_of
 from .sources import TrainingImages

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from conditioning import Conditioning, orient
 from diffusers import AutoencoderDC, DiTTransformer2DModel, LDMPipeline
 from PIL import Image
 from test_training import TINY, same, tiny_autoencoder, weights
 
 import train_unconditional_stf as script
-from conditioning import Conditioning, orient
 from oracles import images
 from stf_diffusers import STFPipeline
 

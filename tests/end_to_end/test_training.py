@@ -13,12 +13,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
+from image_data import ImageReader, find_column, flip_at_random, load_digits_dataset, measure_standard_deviation
 from PIL import Image
 from safetensors.torch import load_file
 
 import train_unconditional_stf as script
 from conftest import EXAMPLES, ROOT
-from image_data import ImageReader, find_column, flip_at_random, load_digits_dataset, measure_standard_deviation
 
 TINY = {
     "_class_name": "UNet2DModel",
