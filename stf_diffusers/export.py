@@ -24,6 +24,7 @@ from diffusers import (
     UNet2DModel,
 )
 
+from .files import sync
 from .noise import EDM, EDM_SAMPLING_RANGE, NOISE_PROCESSES, NoiseProcess
 from .scheduler_process import SchedulerProcess
 
@@ -325,8 +326,7 @@ def save_pipeline(
             raw_network.save_pretrained(Path(staging) / f"{name}_raw")
         new = [path.relative_to(staging) for path in Path(staging).rglob("*") if path.is_file()]
         for path in new:
-            with open(Path(staging) / path, "rb") as file:
-                os.fsync(file.fileno())
+            sync(Path(staging) / path)
         for path in sorted(new, key=lambda path: path == Path("model_index.json")):
             (folder / path).parent.mkdir(exist_ok=True)
             os.replace(Path(staging) / path, folder / path)
