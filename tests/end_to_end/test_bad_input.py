@@ -161,7 +161,7 @@ def refused(argv, tmp_path, capsys, output="run"):
     if "--model_config" not in argv and "--pretrained_model_name_or_path" not in argv:
         base += ["--model_config", tmp_path / "net.json"]
     with pytest.raises((ValueError, SystemExit)) as refusal:
-        script.main([str(flag) for flag in (*base, *argv)])
+        train([str(flag) for flag in (*base, *argv)])
     assert not isinstance(refusal.value, SystemExit) or refusal.value.code != 0
     assert not (tmp_path / "run").exists()
     return str(refusal.value) + capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_modes_that_are_converted_when_asked(tmp_path):
     for mode in ("RGB", "RGBA", "L"):
         argv = [*data, "--image_mode", mode, "--output_dir", tmp_path / mode, "--train_batch_size", 4]
         argv += ["--model_config", tmp_path / "net.json", "--max_train_steps", 1, "--num_samples", 1]
-        script.main([str(flag) for flag in (*argv, "--report_to", "none", "--num_inference_steps", 2)])
+        train([str(flag) for flag in (*argv, "--report_to", "none", "--num_inference_steps", 2)])
         assert (tmp_path / mode / "model_index.json").is_file()
 
 
@@ -260,7 +260,7 @@ def test_a_class_of_one_image_is_told(tmp_path, caplog):
     (tmp_path / "net.json").write_text(json.dumps(TINY))
     argv = [*data, "--class_conditional", "--label_column", "label", "--output_dir", tmp_path / "run"]
     argv += ["--train_batch_size", 4, "--model_config", tmp_path / "net.json", "--max_train_steps", 1]
-    script.main([str(flag) for flag in (*argv, "--num_samples", 1, "--report_to", "none", "--num_inference_steps", 2)])
+    train([str(flag) for flag in (*argv, "--num_samples", 1, "--report_to", "none", "--num_inference_steps", 2)])
     assert "Classes of a single image have the targets of denoising score matching: [5]" in caplog.text
 
 
@@ -276,7 +276,7 @@ def run_argv(tmp_path, *more):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match=r"weights are not finite after step 1\. They were not saved"):
-        script.main(
+        train(
             run_argv(tmp_path, "--learning_rate", "1e38", "--adam_weight_decay", "1e38", "--max_train_steps", 1)
         )
     assert not list((tmp_path / "run").glob("*"))
@@ -293,34 +293,30 @@ DAMAGES = {
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damaged_checkpoints_are_named(case, tmp_path):
     argv = run_argv(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
-    script.main(argv)
-    AcceleratorState._reset_state(True)
+    train(argv)
     DAMAGES[case](tmp_path / "run" / "checkpoint-2")
     with pytest.raises(ValueError, match=r"checkpoint-2.*damaged.*(Delete|delete)"):
-        script.main(argv)
+        train(argv)
 
 
 def test_a_checkpoint_from_elsewhere_needs_a_folder_without_any(tmp_path):
     argv = run_argv(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1)
-    script.main(argv)
-    AcceleratorState._reset_state(True)
+    train(argv)
     shutil.copytree(tmp_path / "run" / "checkpoint-1", tmp_path / "elsewhere" / "checkpoint-1")
     from_there = ["--resume_from_checkpoint", str(tmp_path / "elsewhere" / "checkpoint-1")]
     with pytest.raises(ValueError, match="holds checkpoints of its own"):
-        script.main([*argv, *from_there])
-    AcceleratorState._reset_state(True)
-    script.main([*argv, *from_there, "--output_dir", str(tmp_path / "new")])
+        train([*argv, *from_there])
+    train([*argv, *from_there, "--output_dir", str(tmp_path / "new")])
     assert (tmp_path / "new" / "checkpoint-2").is_dir()
 
 
 def test_an_overwriting_run_that_cannot_start_loses_nothing(tmp_path):
     argv = run_argv(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1)
-    script.main(argv)
-    AcceleratorState._reset_state(True)
+    train(argv)
     (tmp_path / "run" / "logs").write_text("in the way of the tracker")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=r"tracker does not start: .*logs.* --report_to none"):
-        script.main([*argv, "--overwrite_output_dir", "--report_to", "tensorboard"])
+        train([*argv, "--overwrite_output_dir", "--report_to", "tensorboard"])
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -338,7 +334,7 @@ def test_a_loss_that_is_not_finite_names_its_images_and_keeps_the_last_checkpoin
     argv += ["--learning_rate", 1e30, "--lr_warmup_steps", 0, "--max_train_steps", 50, "--checkpointing_steps", 1]
     argv += ["--report_to", "none", "--gradient_accumulation_steps", accumulation, "--lr_scheduler", "constant"]
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+.*\d \(sigma [\d.e+-]+\)") as stop:
-        script.main([str(flag) for flag in argv])
+        train([str(flag) for flag in argv])
     failed = int(str(stop.value).split("at step ")[1].split(".")[0])
     kept = sorted((tmp_path / "run").glob("checkpoint-*"))
     assert max(int(path.name.split("-")[1]) for path in kept) == failed - 1

@@ -117,7 +117,7 @@ def test_trained_saved_and_sampled(case, flags, tmp_path):
             encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_block_types="ResBlock",
             decoder_block_types="ResBlock", encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
         ).save_pretrained(tmp_path / "dc")  # fmt: skip
-    script.main(flags(*(names.get(flag, flag) for flag in more)))
+    train(flags(*(names.get(flag, flag) for flag in more)))
     run = tmp_path / "run"
     plain, said = sampled_by_plain_diffusers(run)
     assert said.startswith(kind) and plain.shape == (2, 8, 8, 3)
@@ -141,34 +141,27 @@ def test_trained_saved_and_sampled(case, flags, tmp_path):
 def test_latent_runs_resume_bit_for_bit(flags, tmp_path):
     """Drawn latents and mirrored images too; the latents are encoded once."""
     more = ["--vae", tmp_path / "vae", "--random_flip", "--checkpointing_steps", 2, "--lr_scheduler", "constant"]
-    script.main(flags(*more))
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    train(flags(*more))
     (cache,) = (tmp_path / "run").glob("latents-*.safetensors")
     encoded = cache.stat()
-    script.main(flags(*more, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"))
+    train(flags(*more, "--max_train_steps", 4, "--resume_from_checkpoint", "latest"))
     assert cache.stat().st_mtime_ns == encoded.st_mtime_ns
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    script.main(flags(*more, "--max_train_steps", 4, "--output_dir", tmp_path / "whole"))
+    train(flags(*more, "--max_train_steps", 4, "--output_dir", tmp_path / "whole"))
     assert same(weights(tmp_path / "run", "unet_raw"), weights(tmp_path / "whole", "unet_raw"))
 
 
 def test_fine_tuning_a_latent_model_keeps_its_scale(flags, tmp_path):
-    script.main(flags("--vae", tmp_path / "vae", "--noise_process", "vp"))
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    train(flags("--vae", tmp_path / "vae", "--noise_process", "vp"))
     argv = [flag for flag in flags() if flag not in ("--model_config", str(tmp_path / "net.json"))]
     first, second = tmp_path / "run", tmp_path / "second"
     more = ["--pretrained_model_name_or_path", first, "--vae", first, "--output_dir", second, "--learning_rate", 1e-12]
-    script.main([*argv, *map(str, more)])
+    train([*argv, *map(str, more)])
     before, after = LDMPipeline.from_pretrained(first).vqvae, LDMPipeline.from_pretrained(second).vqvae
     z = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     scales = [part.config.scaling_factor for part in (before, after)]
     torch.testing.assert_close(before.decode(z / scales[0]).sample, after.decode(z / scales[1]).sample)
-    AcceleratorState._reset_state(True)
     with pytest.raises(ValueError, match=r"knows the latents of its own .* Pass --vae"):
-        script.main([*argv, *map(str, more), "--vae", str(tmp_path / "vae"), "--overwrite_output_dir"])
+        train([*argv, *map(str, more), "--vae", str(tmp_path / "vae"), "--overwrite_output_dir"])
 
 
 @pytest.mark.parametrize(
@@ -180,17 +173,16 @@ def test_fine_tuning_a_latent_model_keeps_its_scale(flags, tmp_path):
     ],
 )
 def test_labels_keep_their_meaning_in_fine_tuning(before, now, message, flags, tmp_path):
-    script.main(flags(*before, "--max_train_steps", 1))
-    AcceleratorState._reset_state(True)
+    train(flags(*before, "--max_train_steps", 1))
     argv = [flag for flag in flags() if flag not in ("--model_config", str(tmp_path / "net.json"))]
     more = ["--pretrained_model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "second", *now]
     with pytest.raises(ValueError, match=re.escape(message)):
-        script.main([*argv, *map(str, more)])
+        train([*argv, *map(str, more)])
 
 
 def test_a_transformer_without_dropout_is_not_guided(flags, tmp_path):
     more = ["--model_config", tmp_path / "dit.json", "--vae", tmp_path / "vae", "--noise_process", "vp"]
-    script.main(flags(*more, "--class_conditional", "--max_train_steps", 1))
+    train(flags(*more, "--class_conditional", "--max_train_steps", 1))
     pipeline = quiet(STFPipeline.from_pretrained(tmp_path / "run"))
     with pytest.raises(ValueError, match="null_label"):
         pipeline(1, 2, class_labels=0, guidance_scale=2.0)
@@ -198,14 +190,12 @@ def test_a_transformer_without_dropout_is_not_guided(flags, tmp_path):
 
 def test_a_refused_run_replaces_no_latents(flags, tmp_path):
     more = ["--vae", tmp_path / "vae", "--noise_process", "vp"]
-    script.main(flags(*more))
+    train(flags(*more))
     (cache,) = (tmp_path / "run").glob("latents-*.safetensors")
-    AcceleratorState._reset_state(True)
     with pytest.raises(ValueError, match="belongs to another run"):
-        script.main(flags(*more, "--random_flip", "--resume_from_checkpoint", "latest"))
+        train(flags(*more, "--random_flip", "--resume_from_checkpoint", "latest"))
     assert cache.exists()
-    AcceleratorState._reset_state(True)
-    script.main(flags(*more, "--resume_from_checkpoint", "latest", "--max_train_steps", 3))
+    train(flags(*more, "--resume_from_checkpoint", "latest", "--max_train_steps", 3))
     assert list((tmp_path / "run").glob("latents-*.safetensors")) == [cache]
     assert str(tmp_path) not in (tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text()
 
@@ -288,6 +278,6 @@ def test_wrong_input(case, flags, tmp_path, capsys):
     places = {"vae": tmp_path / "vae", "dit": tmp_path / "dit.json"}
     argv = flags(*(flag.format(**places) if isinstance(flag, str) else flag for flag in more))
     with pytest.raises((ValueError, OSError, SystemExit)) as refusal:
-        script.main(argv)
+        train(argv)
     assert message in str(refusal.value) + capsys.readouterr().err
     assert not (tmp_path / "run").exists(), "said before anything is encoded"

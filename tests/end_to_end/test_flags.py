@@ -150,8 +150,7 @@ def places(tmp_path_factory, image_folder):
         )
         ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(root / name)
         found[name] = root / name
-    script.main([str(flag) for flag in base(found, root / "trained", "")])
-    AcceleratorState._reset_state(True)
+    train([str(flag) for flag in base(found, root / "trained", "")])
     return found
 
 
@@ -199,9 +198,7 @@ def test_flag(flag, places, tmp_path, caplog):
     results = []
     for name, argv in (("without", common), ("with", f"{common} {more}".replace("--model_config --pre", "--pre"))):
         caplog.clear()
-        script.main([str(part) for part in base(places, tmp_path / name, argv)])
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        train([str(part) for part in base(places, tmp_path / name, argv)])
         results.append(outcome(tmp_path / name, caplog.text))
     without, having = results
     if kind == "same":  # a matter of speed or memory
@@ -225,8 +222,7 @@ def test_runs_are_repeatable(places, tmp_path):
     """Without which the comparisons above would say nothing."""
     results = []
     for name in ("one", "two"):
-        script.main([str(part) for part in base(places, tmp_path / name, "--random_flip")])
-        AcceleratorState._reset_state(True)
+        train([str(part) for part in base(places, tmp_path / name, "--random_flip")])
         results.append(outcome(tmp_path / name, ""))
     assert results[0] == results[1]
 

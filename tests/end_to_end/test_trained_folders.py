@@ -65,9 +65,7 @@ def folders(tmp_path_factory, image_folder, seeds):
             "--noise_process", process, "--image_mode", MODES[channels], "--train_batch_size", 4, "--seed", SEED,
             "--max_train_steps", 2, "--num_samples", 2, "--num_inference_steps", STEPS, "--report_to", "none",
         ]  # fmt: skip
-        script.main([str(flag) for flag in flags] + ["--class_conditional"] * conditional)
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        train([str(flag) for flag in flags] + ["--class_conditional"] * conditional)
     arguments = json.dumps([[str(folder) for folder in found.values()], seeds, STEPS])
     done = subprocess.run(
         [sys.executable, "-c", PLAIN_DIFFUSERS, arguments], cwd=ROOT.parent, capture_output=True, text=True, timeout=300
@@ -132,7 +130,7 @@ def test_no_pickle_is_loaded(folders, tmp_path, image_folder):
     flags = ["--train_data_dir", str(image_folder), "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
     flags += ["--train_batch_size", "4", "--image_mode", "RGB", "--resolution", "8"]
     with pytest.raises(OSError, match="safetensors"):
-        script.main([*flags, "--pretrained_model_name_or_path", str(folder)])
+        train([*flags, "--pretrained_model_name_or_path", str(folder)])
     assert not sprung.exists()
 
 
@@ -145,7 +143,7 @@ def test_a_checkpoint_with_a_trap_is_not_sprung(file, tmp_path, image_folder):
         "--num_inference_steps", 2, "--report_to", "none", "--resume_from_checkpoint", "latest",
     ]  # fmt: skip
     flags = [str(flag) for flag in flags]
-    script.main(flags)
+    train(flags)
     torch.save(Trap(tmp_path / "sprung"), tmp_path / "out" / "checkpoint-1" / file)
     # Accelerate goes on without random states that it cannot read. The script does not need them.
     refused = (
@@ -154,7 +152,7 @@ def test_a_checkpoint_with_a_trap_is_not_sprung(file, tmp_path, image_folder):
         else pytest.raises(ValueError, match="cannot be loaded: it is damaged")
     )
     with refused:
-        script.main(flags)
+        train(flags)
     assert not (tmp_path / "sprung").exists()
 
 
