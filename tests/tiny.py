@@ -172,9 +172,10 @@ assert not [name for name in sys.modules if name.startswith("stf_diffusers.")]
 """
 
 
-def sample_with_plain_diffusers(folders: Sequence[Path], seeds: Sequence[int]) -> list[str]:
-    """Leave two images of each folder in its plain.npy, by Diffusers alone; the classes of the pipelines."""
-    argument = json.dumps([[str(folder) for folder in folders], list(seeds)])
+def sample_with_plain_diffusers(folders: Sequence[Path], seed: int) -> list[str]:
+    """Leave the first two images of the training's seed in each folder's plain.npy; the classes of the pipelines."""
+    seeds = [script.seed_for(seed, index) for index in range(2)]
+    argument = json.dumps([[str(folder) for folder in folders], seeds])
     command = [sys.executable, "-c", _PLAIN_DIFFUSERS, argument]
     done = subprocess.run(command, env=os.environ | CPU, cwd=ROOT.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
