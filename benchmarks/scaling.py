@@ -30,7 +30,7 @@ import torch.distributed as dist
 from posterior_mean import resident_peak
 
 from stf_diffusers import EDM, ReferenceBank
-from stf_diffusers.reference_bank import _write_bank
+from stf_diffusers.bank_file import write_bank
 
 
 def write_random_bank(path: Path, n: int, size: int) -> None:
@@ -41,7 +41,7 @@ def write_random_bank(path: Path, n: int, size: int) -> None:
         for start in range(0, n, 4096):
             yield torch.randint(0, 256, (min(4096, n - start), 3, size, size), generator=generator, dtype=torch.uint8)
 
-    _write_bank(path, torch.Size((n, 3, size, size)), torch.uint8, chunks(), None, None, {})
+    write_bank(path, torch.Size((n, 3, size, size)), torch.uint8, chunks(), None, None, fingerprint="")
 
 
 def measure(bank: ReferenceBank, batch_size: int, size: int, repeats: int) -> tuple[float, float]:

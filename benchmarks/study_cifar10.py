@@ -31,19 +31,20 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-import datasets
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from checkpoints import AVERAGE
-from evaluation import as_pixels, data_features
-from image_data import ImageColumn, decode_all, find_column, load_split, make_reader
 from stf_diffusers import ReferenceBank, STFPipeline, STFTrainingObjective
 from stf_diffusers.export import network_of
+from stf_diffusers.feature_extractors import FeatureExtractor, transformers_features
 from stf_diffusers.metrics import FeatureStatistics, nearest_neighbors
-from stf_diffusers.quality import FeatureExtractor, sample_quality, transformers_features
+from stf_diffusers.quality import sample_quality
+from stf_diffusers.training.checkpoints import AVERAGE
+from stf_diffusers.training.data_set import find_image_column, load_split
+from stf_diffusers.training.evaluation import data_features
+from stf_diffusers.training.image_data import ImageColumn, decode_all, make_reader
+from stf_diffusers.training.sampling import as_pixels
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "examples" / "train_unconditional_stf.py"
@@ -154,7 +155,7 @@ def train(run: Training, args: argparse.Namespace, deadline: float) -> bool:
 
 def load_images(args: argparse.Namespace) -> ImageColumn:
     dataset = load_split(args.dataset_name)
-    column = find_column(dataset, datasets.Image, None, "the image column")
+    column = find_image_column(dataset)
     reader = make_reader(dataset, column, None, None, False)
     return ImageColumn(dataset, column, reader, images=decode_all(dataset, column, reader, math.inf, quiet=True))
 

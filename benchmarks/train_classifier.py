@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -22,8 +20,8 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from image_data import decode_all, find_column, load_split, make_reader
+from stf_diffusers.training.data_set import find_image_column, find_label_column, load_split
+from stf_diffusers.training.image_data import decode_all, make_reader
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,10 +38,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = load_split(args.dataset_name)
-    column = find_column(dataset, datasets.Image, None, "the image column")
-    label_column = find_column(dataset, datasets.ClassLabel, None, "the label column")
-    if column is None or label_column is None:
-        raise ValueError(f"a column of images and one of labels are needed; the data set has {dataset.column_names}.")
+    column = find_image_column(dataset)
+    label_column = find_label_column(dataset)
     pixels = decode_all(dataset, column, make_reader(dataset, column, "RGB", None, False), float("inf"), quiet=True)
     labels = torch.tensor(dataset[label_column])
 

@@ -18,6 +18,7 @@ myst_dmath_allow_digits = False
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_class_signature = "mixed"
+toc_object_entries_show_parents = "hide"
 napoleon_google_docstring = True
 napoleon_use_ivar = True
 # What a docstring returns is a sentence, whose part before a colon is no type.
@@ -28,7 +29,7 @@ default_role = "code"
 # Names in signatures must exist here, or be others' (whose pages are not fetched to be linked).
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:class", r"(torch|diffusers|huggingface_hub|matplotlib|os|collections\.abc)\..+"),
+    ("py:class", r"(torch|diffusers|accelerate|datasets|huggingface_hub|matplotlib|PIL|os|pathlib|random|collections\.abc)\..+"),
     ("py:class", "Tensor|Figure"),
     ("py:exc", r"huggingface_hub\..+"),
 ]

@@ -14,11 +14,7 @@ import argparse
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,21 +25,28 @@ from tqdm.auto import tqdm
 
 from stf_diffusers import STFPipeline
 from stf_diffusers.export import METADATA_KEY, network_of, sampling_labels
-
-SETTINGS = "settings.json"
+from stf_diffusers.files import replacing
+from stf_diffusers.training.sampling import SETTINGS
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="A folder or a Hub repository.")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_images", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0, help="Of the first image; image k has seed + k.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Images at a time on each process.")
-    parser.add_argument("--num_inference_steps", type=int, default=18)
-    parser.add_argument("--solver", choices=["heun", "euler", "rk45", "scheduler"], default="heun")
-    parser.add_argument("--class_label", type=int, help="One class. Default for conditional models: all in turn.")
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--model", required=True, help="A saved pipeline: a folder or a Hub repository.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the images.")
+    parser.add_argument("--num_images", type=int, default=64, help="Number of images.")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed for the first image; image k has seed + k.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Batch size per process.")
+    parser.add_argument("--num_inference_steps", type=int, default=18, help="Number of sampling steps.")
+    parser.add_argument(
+        "--solver",
+        choices=["heun", "euler", "rk45", "scheduler"],
+        default="heun",
+        help="Solver of the probability-flow ODE.",
+    )
+    parser.add_argument(
+        "--class_label", type=int, help="Class of all images. Default for conditional models: all classes in turn."
+    )
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="Scale of classifier-free guidance; 1: none.")
     parser.add_argument("--npz", action="store_true", help="Pack `images` (N, H, W, C) and `labels` into samples.npz.")
     args = parser.parse_args(argv)
     for name in ("num_images", "batch_size", "num_inference_steps"):
@@ -94,13 +97,6 @@ def check_folder(args: argparse.Namespace, model: str) -> dict[str, object]:
     return settings
 
 
-def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `path` written complete or not at all."""
-    aside = path.with_name(f".partial-{path.name}")
-    write(aside)
-    os.replace(aside, path)
-
-
 def read(path: Path) -> np.ndarray:
     return np.load(path) if path.suffix == ".npy" else np.asarray(Image.open(path))
 
@@ -122,7 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     state.wait_for_everyone()  # every process has looked before one writes
     if state.is_main_process:
         (args.output_dir / "images").mkdir(parents=True, exist_ok=True)
-        write_aside(args.output_dir / SETTINGS, partial(Path.write_text, data=json.dumps(settings, indent=2)))
+        with replacing(args.output_dir / SETTINGS) as file:
+            file.write_text(json.dumps(settings, indent=2))
         if missing:
             (args.output_dir / "samples.npz").unlink(missing_ok=True)
     state.wait_for_everyone()
@@ -146,11 +143,12 @@ def main(argv: list[str] | None = None) -> None:
             output_type="pil" if suffix == ".png" else "np",
         ).images
         for index, image in zip(indices, images, strict=True):
-            path = image_path(args.output_dir, index, suffix)
-            if isinstance(image, Image.Image):
-                write_aside(path, partial(image.save, format="PNG"))
-            else:
-                write_aside(path, partial(np.save, arr=np.rint(image * 255).astype(np.uint8)))
+            # One that is lost is generated again.
+            with replacing(image_path(args.output_dir, index, suffix), durable=False) as file:
+                if isinstance(image, Image.Image):
+                    image.save(file)
+                else:
+                    np.save(file, np.rint(image * 255).astype(np.uint8))
         progress.update(len(indices))
     progress.close()
     state.wait_for_everyone()
@@ -164,7 +162,8 @@ def main(argv: list[str] | None = None) -> None:
             arrays = [read(path) for path in paths]
             packed = np.stack(arrays).reshape(args.num_images, *arrays[0].shape[:2], -1)
             labels = np.array([label(index) for index in range(args.num_images)])
-            write_aside(args.output_dir / "samples.npz", partial(np.savez, images=packed, labels=labels))
+            with replacing(args.output_dir / "samples.npz") as file:
+                np.savez(file, images=packed, labels=labels)
 
 
 if __name__ == "__main__":

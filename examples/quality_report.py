@@ -18,41 +18,49 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
-from evaluation import SMALLEST, as_pixels, data_features, gathered
-from generate import SETTINGS
-from image_data import ImageColumn, decode_all, find_column, load_split, make_reader
+from stf_diffusers.feature_extractors import FeatureExtractor, inception_features, transformers_features
 from stf_diffusers.metrics import NearestNeighbors, nearest_neighbors
-from stf_diffusers.quality import FeatureExtractor, inception_features, sample_quality, transformers_features
-from stop_signal import settle_communication
+from stf_diffusers.quality import sample_quality
+from stf_diffusers.training.data_set import find_image_column, load_split
+from stf_diffusers.training.evaluation import SMALLEST, data_features, gathered
+from stf_diffusers.training.image_data import ImageColumn, decode_all, make_reader
+from stf_diffusers.training.sampling import SETTINGS, as_pixels
+from stf_diffusers.training.stop_signal import settle_communication
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, required=True, help="What generate.py wrote, or a folder of images.")
-    parser.add_argument("--extractor", help="A vision model of transformers: a folder, or on the Hub.")
+    parser.add_argument("--extractor", help="Vision model of transformers: a folder or a Hub repository.")
     parser.add_argument(
-        "--inception_weights", help="torch-fidelity's Inception weights, instead of --extractor: FID, KID."
+        "--inception_weights",
+        help="File of torch-fidelity's Inception weights, instead of --extractor; for FID and KID.",
     )
     parser.add_argument("--dataset_name", help="The training data, as for the training script. Default: digits.")
-    parser.add_argument("--dataset_config_name", help="The configuration of the data set, where it has several.")
-    parser.add_argument("--train_data_dir", help="A folder of training images. Not with --dataset_name.")
-    parser.add_argument("--image_column", help="The column of images; found by itself where there is one.")
-    parser.add_argument("--reference_split", default="train", help="Of the distances. Copies are always of train.")
+    parser.add_argument("--dataset_config_name", help="The configuration of the data set, if it has several.")
+    parser.add_argument("--train_data_dir", help="A folder of training images, instead of --dataset_name.")
+    parser.add_argument("--image_column", help="Name of the image column; detected if there is only one.")
     parser.add_argument(
-        "--random_flip", action="store_true", help="The training mirrored images: copies of mirrored ones count."
+        "--reference_split",
+        default="train",
+        help="Split that distances are measured from. Copies are always sought in train.",
     )
-    parser.add_argument("--sampler", help="How the samples were made, where they are not from generate.py.")
-    parser.add_argument("--seeds", help="Theirs, likewise.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Images at a time through the extractor.")
-    parser.add_argument("--cache_dir", help="Where models, data and features are kept. Default: Hugging Face's cache.")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument(
+        "--random_flip", action="store_true", help="The training flipped images: copies of flipped images count."
+    )
+    parser.add_argument("--sampler", help="How the samples were made, if not by generate.py.")
+    parser.add_argument("--seeds", help="Seeds of the samples, if not made by generate.py.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Batch size of the extractor.")
+    parser.add_argument(
+        "--cache_dir", help="Folder for downloaded models and data, and for features. Default: Hugging Face's cache."
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the report.")
     args = parser.parse_args(argv)
     if bool(args.extractor) == bool(args.inception_weights):
         parser.error("pass --extractor or --inception_weights, one of them.")
@@ -92,10 +100,10 @@ def find_samples(args: argparse.Namespace) -> tuple[list[Path], dict[str, Any]]:
 
 def load(args: argparse.Namespace, split: str, shape: tuple[int, ...], quiet: bool) -> ImageColumn:
     """The images of a split, as large and as coloured as the samples."""
-    dataset = load_split(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir, split=split)
-    column = find_column(dataset, datasets.Image, args.image_column, "--image_column")
-    if column is None:
-        raise ValueError(f"no column of images: the data set has {dataset.column_names}. Pass --image_column.")
+    dataset = load_split(
+        args.dataset_name, args.dataset_config_name, args.train_data_dir, cache_dir=args.cache_dir, split=split
+    )
+    column = find_image_column(dataset, args.image_column)
     reader = make_reader(dataset, column, {1: "L", 3: "RGB", 4: "RGBA"}[shape[0]], shape[1], True)
     return ImageColumn(dataset, column, reader, images=decode_all(dataset, column, reader, math.inf, quiet))
 

@@ -15,19 +15,23 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from post_hoc_ema import SNAPSHOTS, reconstruct
 from stf_diffusers.export import network_of, save_pipeline
+from stf_diffusers.training.averages import reconstruct, snapshots_of
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="The output_dir of a training with --post_hoc_ema.")
     parser.add_argument("--sigma_rel", type=float, required=True, help="Relative width, above 0 and below 0.288.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Where the pipeline is saved.")
-    args = parser.parse_args(argv)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the pipeline.")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     if args.output_dir.resolve() == args.model.resolve():
         raise ValueError("--output_dir is the trained model's own folder. Choose another.")
-    weights = reconstruct(sorted((args.model / SNAPSHOTS).glob("step-*.safetensors")), args.sigma_rel)
+    weights = reconstruct(snapshots_of(args.model), args.sigma_rel)
     pipeline = DiffusionPipeline.from_pretrained(args.model, use_safetensors=True)
     network_of(pipeline).load_state_dict(weights)
     save_pipeline(pipeline, args.output_dir)

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from .denoising import network_denoiser
 from .diagnostics import target_variance
-from .noise import EDM, VE, VP, FlowMatching, NoiseProcess, SchedulerProcess
+from .noise import EDM, VE, VP, FlowMatching, NoiseProcess
 from .objective import PerturbedBatch, STFTrainingObjective
 from .posterior import PosteriorMean, posterior_mean
-from .reference import ReferenceBatchCollator, ReferenceBatchSampler
-from .reference_bank import ReferenceBank, SharedReferences
+from .reference_bank import ReferenceBank
+from .reference_batch import ReferenceBatchCollator, ReferenceBatchSampler
+from .reference_set import SharedReferences
+from .scheduler_process import SchedulerProcess
 from .solvers import Churn, Discretization, log_likelihood, sample_ode, sample_rk45
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .noise import NoiseProcess
-from .posterior import ReferenceRows, full_precision, pixels_to_float
+from .posterior import ReferenceRows, full_precision, pixels_to_float, take_rows
 from .prediction import prediction_coefficients
 from .reference_bank import ReferenceBank
 
@@ -157,13 +157,13 @@ def target_variance(
         raise ValueError(f"times must have a positive sigma; got sigma {sigmas.tolist()} at {moments.tolist()}.")
     a, b = process.output_coefficients(moments)
     factors = (a - b * alphas / sigmas) ** 2
-    place = torch.device(device) if device is not None else bank._norms.device
+    place = torch.device(device) if device is not None else bank.device
     found = []
     for index, time in enumerate(moments.tolist()):
         alpha, sigma = alphas[index].item(), sigmas[index].item()
         blocks = _draw_blocks(bank, sizes, num_samples, place, generator)
         with full_precision(place.type):
-            measured = [_measure(bank._images, block, alpha, sigma, sizes) for block in blocks]
+            measured = [_measure(bank.images, block, alpha, sigma, sizes) for block in blocks]
         dsm, divergence, effective, *stf = torch.cat(measured, 1).cpu()
         found.append(
             TargetVariance(
@@ -201,9 +201,9 @@ def _draw_blocks(
 ) -> Iterator[_Block]:
     """`num_samples` draws in blocks of one class. Rows are drawn one by one: blocks may be cut anywhere."""
     place = generator.device if generator is not None else torch.device("cpu")
-    dimension = bank._images.shape[1:].numel()
+    dimension = bank.images.shape[1:].numel()
     drawn = torch.randint(len(bank), (num_samples,), generator=generator, device=place).sort().values
-    for images in list(bank._class_rows.values()) or [range(len(bank))]:
+    for images in list(bank.class_rows.values()) or [range(len(bank))]:
         sources = drawn[(drawn >= images.start) & (drawn < images.stop)] - images.start
         rows = max(1, _BLOCK_ELEMENTS // (len(images) * (2 * len(sizes) + 1)))
         for part in sources.split(rows) if len(sources) else ():
@@ -220,7 +220,8 @@ def _draw_blocks(
 def _measure(images: ReferenceRows, block: _Block, alpha: float, sigma: float, sizes: list[int]) -> Tensor:
     """V_DSM, D, the effective sample size and V_STF by n for each draw of a block, (3 + K, b)."""
     total, device = len(block.images), block.noise.device
-    clean = _rows(images, block.images, block.sources, device)
+    sources = take_rows(images, block.images.start + block.sources)
+    clean = pixels_to_float(sources).to(device, torch.float64).flatten(1)
     # |x_t - alpha x_i|^2 by what is left after the source: exact where x_i is the source, however small sigma is.
     distances = torch.empty(len(clean), total, dtype=torch.float64, device=device)
     along = torch.empty_like(distances)
@@ -267,12 +268,6 @@ def _chunks(images: ReferenceRows, rows: range, device: torch.device) -> Iterato
         stop = min(start + size, len(rows))
         values = images[slice(rows.start + start, rows.start + stop)].to(device)
         yield slice(start, stop), pixels_to_float(values).to(torch.float64).flatten(1)
-
-
-def _rows(images: ReferenceRows, rows: range, positions: Tensor, device: torch.device) -> Tensor:
-    """Single rows as float64 (b, D) on the device."""
-    found = [images[slice(rows.start + position, rows.start + position + 1)] for position in positions.tolist()]
-    return pixels_to_float(torch.cat(found)).to(device, torch.float64).flatten(1)
 
 
 def _average(draws: Tensor) -> Estimate:

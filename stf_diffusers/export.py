@@ -25,6 +25,7 @@ from diffusers import (
 )
 
 from .noise import EDM, VE, VP, FlowMatching, NoiseProcess
+from .scheduler_process import SchedulerProcess
 
 # Key of the training metadata in the saved scheduler's config. Diffusers keeps keys that start with an underscore
 # through loading and saving, and does not warn of them.
@@ -131,6 +132,47 @@ def sampling_scheduler(
             "Diffusers' schedulers. Raise sigma_min (VE) or beta_min (VP)."
         )
     return scheduler
+
+
+def process_of(scheduler: Any, network: Any = None) -> EDM | VE | VP | FlowMatching:
+    """What the network was trained on, by its own config or that of the scheduler beside it.
+
+    Raises:
+        ValueError: neither config says, or the scheduler's noise levels or prediction type are not those of the process.
+    """
+    metadata = scheduler.config.get(METADATA_KEY) or {}
+    if network is not None:
+        metadata = network.config.get(METADATA_KEY) or metadata
+    is_flow = bool(scheduler.config.get("use_flow_sigmas")) or hasattr(scheduler, "scale_noise")
+    table = None if is_flow else SchedulerProcess(scheduler)
+    if "process" not in metadata:
+        if table is not None and table.family == "edm" and table.prediction_type == "epsilon":
+            return EDM(sigma_data=table.sigma_data)
+        raise ValueError(
+            f"the config of this {type(scheduler).__name__} does not say which noise process the network was trained on. "
+            "Load the folder that the training saved, with the scheduler in it, or sample in plain Diffusers."
+        )
+    process = process_from_config(metadata["process"])
+    if isinstance(process, FlowMatching) or table is None:
+        fits = isinstance(process, FlowMatching) and is_flow
+        fits &= scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction"
+    elif isinstance(process, EDM):
+        fits = table.family == "edm" and table.sigma_data == process.sigma_data and table.prediction_type == "epsilon"
+    else:
+        index = torch.arange(len(table.timesteps), dtype=torch.float64)
+        t = (index + 1) / 1000
+        if isinstance(process, VE):
+            t = process.sigma_min * (process.sigma_max / process.sigma_min) ** (index / 999)
+        ratio = table.sigma(table.timesteps).double() / table.alpha(table.timesteps).double()
+        wanted = process.sigma(t) / process.alpha(t)
+        fits = table.family == "vp" and len(index) == 1000 and bool(((ratio / wanted - 1).abs() < 0.01).all())
+        fits &= table.prediction_type == "epsilon"
+    if not fits:
+        raise ValueError(
+            f"{type(scheduler).__name__} does not follow {process}, which the network was trained on, and would give "
+            "garbage. Keep the scheduler that was saved, or make one with stf_diffusers.export.sampling_scheduler."
+        )
+    return process
 
 
 StockPipeline: TypeAlias = ConsistencyModelPipeline | DDPMPipeline | DiTPipeline | LDMPipeline

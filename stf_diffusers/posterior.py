@@ -12,20 +12,24 @@ states of chunks merge exactly, as in streaming softmax, so no (B, n, D) tensor 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from .integer_products import FULL_SCALE, TERMS, centred_levels, cpu_multiplies_int8, digits_of, integer_product
 
 # Elements of a chunk of references. A CPU is fastest where the float64 chunk (16 MiB), or the bytes, stay in its cache;
 # other devices where there are few chunks (128 MiB in float64).
 _CHUNK_ELEMENTS = {"cpu": 2**21}
 _CHUNK_ELEMENTS_ELSEWHERE = 2**24
 _INT8_CHUNK_ELEMENTS = 2**22
+
+# References of a chunk whose weights are rounded to 2^-32 of the chunk's largest: 4e-6 in the mean at worst.
+_MAX_INT8_CHUNK = 2**14
 
 Arithmetic = Literal["int8", "float64"]
 
@@ -40,6 +44,13 @@ class ReferenceRows(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+def take_rows(reference: ReferenceRows, rows: Tensor) -> Tensor:
+    """The rows (k,), in that order."""
+    if isinstance(reference, Tensor):
+        return reference[rows.to(reference.device)]
+    return torch.cat([reference[slice(row, row + 1)] for row in rows.tolist()])
 
 
 @contextmanager
@@ -102,6 +113,14 @@ class PosteriorState:
     squares: Tensor
     weighted_sum: Tensor
 
+    def __getitem__(self, rows: Tensor | slice) -> PosteriorState:
+        return PosteriorState(*(field[rows] for field in vars(self).values()))
+
+    @staticmethod
+    def cat(states: Iterable[PosteriorState]) -> PosteriorState:
+        """The rows of several states, in order."""
+        return PosteriorState(*map(torch.cat, zip(*(vars(state).values() for state in states), strict=True)))
+
     def merge(self, other: PosteriorState) -> PosteriorState:
         """The state of both sets of references together."""
         maximum = torch.maximum(self.maximum, other.maximum)
@@ -115,7 +134,7 @@ class PosteriorState:
 
     def merge_rows(self, rows: Tensor, other: PosteriorState) -> PosteriorState:
         """The state in which `other` is merged into `rows` alone."""
-        merged = PosteriorState(*(field[rows] for field in vars(self).values())).merge(other)
+        merged = self[rows].merge(other)
         fields = zip(vars(self).values(), vars(merged).values(), strict=True)
         return PosteriorState(*(mine.index_copy(0, rows, new) for mine, new in fields))
 
@@ -139,10 +158,11 @@ class PosteriorState:
             mean = mean.add_(128).div_(127.5).sub_(1)
         return PosteriorMean(mean, (self.normalizer**2 / self.squares).to(dtype))
 
-
-def centred_levels(pixels: Tensor) -> Tensor:
-    """uint8 pixels u as int8 levels u - 128."""
-    return pixels.view(torch.int8) ^ -128
+    def result_like(self, noisy: Tensor, reference_dtype: torch.dtype) -> PosteriorMean:
+        """The result in the shape of `noisy` (B, ...), in float64 where `noisy` and the references are, else float32."""
+        dtype = torch.float64 if noisy.dtype == reference_dtype == torch.float64 else torch.float32
+        mean, effective_sample_size = self.result(dtype, centred_levels=reference_dtype == torch.uint8)
+        return PosteriorMean(mean.reshape(noisy.shape), effective_sample_size)
 
 
 def squared_norms(images: Tensor) -> Tensor:
@@ -162,50 +182,20 @@ def squared_norms(images: Tensor) -> Tensor:
     return torch.cat(norms)
 
 
-def _digits(values: Tensor) -> Tensor:
-    """Integers of at most 0x7F7F7F7F in magnitude, int64 (B, k), as balanced base-256 digits, int8 (4 B, k).
-
-    The lowest digits of all rows come first.
-    """
-    # Into a new tensor: elementwise results keep odd strides in dimensions of one, which cannot be viewed as bytes.
-    shifted = torch.add(values, 0x80808080, out=torch.empty(values.shape, dtype=torch.int64, device=values.device))
-    digits = shifted.view(torch.uint8).view(*values.shape, 8)[..., :4]
-    return centred_levels(digits.permute(2, 0, 1).reshape(-1, values.shape[1]))
+def levels_or_floats(images: Tensor) -> Tensor:
+    """References as the products read them: uint8 pixels as centred levels, others as `pixels_to_float` has them."""
+    return centred_levels(images) if images.dtype == torch.uint8 else pixels_to_float(images)
 
 
-def _integer_product(digits: Tensor, levels: Tensor) -> Tensor:
-    """The product of integers given by `_digits` (4 B, k) with int8 levels (k, m), exactly, as float64 (B, m)."""
-    parts = torch._int_mm(digits, levels).view(4, -1, levels.shape[1])
-    product = parts[0].to(torch.float64)
-    for power in (1, 2, 3):
-        product.add_(parts[power], alpha=256**power)
-    return product
-
-
-# Magnitude of the integers that stand for a query's largest element and for a weight of 1.
-_FULL_SCALE = 0x7F7F7F7F
-
-# 32-bit sums of products of two 8-bit numbers. A product over one term is wrong on CPUs (pytorch issue 195066).
-_MAX_INT8_TERMS = 2**17 - 1
-
-# References of a chunk whose weights are rounded to 2^-32 of the chunk's largest: 4e-6 in the mean at worst.
-_MAX_INT8_CHUNK = 2**14
-_INT8_DIMENSIONS = range(2, _MAX_INT8_TERMS + 1)
-
-
-@cache
-def _cpu_multiplies_int8() -> bool:
-    """Whether this CPU's int8 products are fast (VNNI instructions) and exact: 8-bit sums saturate on some older ones."""
-    if not torch.cpu._is_vnni_supported():
-        return False
-    left, right = torch.full((4, 4096), -128, dtype=torch.int8), torch.full((4096, 4), -128, dtype=torch.int8)
-    return bool((torch._int_mm(left, right) == 4096 * 2**14).all())
+def reference_norms(images: Tensor) -> Tensor:
+    """(n,) float64, `squared_norms` of references (n, ...) of any dtype that references have."""
+    return squared_norms(levels_or_floats(images.flatten(1)))
 
 
 def choose_arithmetic(device_type: str, dtype: torch.dtype, dimension: int) -> Arithmetic:
     """The fastest arithmetic that is measured to be accurate for references of `dtype` (n, dimension) on a device."""
-    fits = dtype == torch.uint8 and dimension in _INT8_DIMENSIONS
-    if device_type == "cpu" and fits and _cpu_multiplies_int8():
+    fits = dtype == torch.uint8 and dimension in TERMS
+    if device_type == "cpu" and fits and cpu_multiplies_int8():
         return "int8"
     return "float64"
 
@@ -232,8 +222,8 @@ class _Queries:
         self.inverse_variance = step / sigma**2
         self.half_scale = (alpha * step / sigma) ** 2 / 2
         if arithmetic == "int8":
-            scale = self.query.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny) / _FULL_SCALE
-            self.query_digits = _digits((self.query / scale[:, None]).round().to(torch.int64))
+            scale = self.query.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny) / FULL_SCALE
+            self.query_digits = digits_of((self.query / scale[:, None]).round().to(torch.int64))
             self.levels_scale = self.inverse_variance
             self.inverse_variance = self.inverse_variance * scale
 
@@ -244,7 +234,7 @@ class _Queries:
     def logits(self, images: Tensor, norms: Tensor) -> Tensor:
         """(B, c) float64, of references (c, D) from `exact`."""
         exactly = self.arithmetic == "int8"
-        product = _integer_product(self.query_digits, images.T) if exactly else self.query @ images.T
+        product = integer_product(self.query_digits, images.T) if exactly else self.query @ images.T
         return product * self.inverse_variance[:, None] - self.half_scale[:, None] * norms
 
     def state(self, logits: Tensor, images: Tensor) -> PosteriorState:
@@ -294,10 +284,10 @@ class _Queries:
         """The sum of the references (c, D) under weights (B, c) in [0, 1], and the sum of those weights."""
         if self.arithmetic != "int8":
             return weights @ images, weights.sum(1)
-        rounded = (weights * _FULL_SCALE).round().to(torch.int64)
-        return _integer_product(_digits(rounded), images).div_(_FULL_SCALE), rounded.sum(1).to(
+        rounded = (weights * FULL_SCALE).round().to(torch.int64)
+        return integer_product(digits_of(rounded), images).div_(FULL_SCALE), rounded.sum(1).to(
             torch.float64
-        ) / _FULL_SCALE
+        ) / FULL_SCALE
 
 
 def posterior_state(
@@ -341,7 +331,7 @@ def posterior_state(
         for start in range(rows.start, rows.stop, chunk_size):
             chunk = slice(start, min(start + chunk_size, rows.stop))
             images = reference[chunk].to(noisy.device, non_blocking=True).flatten(1)
-            images = centred_levels(images) if images.dtype == torch.uint8 else pixels_to_float(images)
+            images = levels_or_floats(images)
             known = squared_norms(images) if norms is None else norms[chunk].to(noisy.device)
             images = queries.exact(images)
             logits = queries.logits(images, known)
@@ -450,9 +440,9 @@ def posterior_mean(
     if arithmetic not in (None, "int8", "float64"):
         raise ValueError(f"arithmetic must be 'int8', 'float64' or None; got {arithmetic!r}.")
     dimension = noisy[0].numel()
-    if arithmetic == "int8" and dimension not in _INT8_DIMENSIONS:
+    if arithmetic == "int8" and dimension not in TERMS:
         raise ValueError(
-            f"arithmetic='int8' takes images of {_INT8_DIMENSIONS.start} to {_INT8_DIMENSIONS.stop - 1} values; got "
+            f"arithmetic='int8' takes images of {TERMS.start} to {TERMS.stop - 1} values; got "
             f"{dimension}. Leave it out."
         )
     alpha, sigma = coefficient_rows(alpha, sigma, noisy)
@@ -462,6 +452,4 @@ def posterior_mean(
     state = posterior_state(
         noisy.flatten(1), reference, alpha, sigma, mask=mask, chunk_size=chunk_size, arithmetic=arithmetic
     )
-    dtype = torch.float64 if noisy.dtype == reference.dtype == torch.float64 else torch.float32
-    mean, effective_sample_size = state.result(dtype, centred_levels=reference.dtype == torch.uint8)
-    return PosteriorMean(mean.reshape(noisy.shape), effective_sample_size)
+    return state.result_like(noisy, reference.dtype)

@@ -29,8 +29,9 @@ from transformers import (
 
 import stf_diffusers
 from oracles import normal
+from stf_diffusers.feature_extractors import inception_features, transformers_features
 from stf_diffusers.metrics import FeatureStatistics, frechet_distance, kernel_distance, precision_recall
-from stf_diffusers.quality import inception_features, sample_quality, transformers_features
+from stf_diffusers.quality import sample_quality
 
 MODULE = Path(stf_diffusers.__file__).parent / "evaluate_modules" / "sample_quality"
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}

@@ -18,7 +18,7 @@ from PIL import Image
 
 from oracles import normal, posterior, rows, worst
 from stf_diffusers import EDM, ReferenceBank, ReferenceBatchSampler, SharedReferences, STFTrainingObjective
-from stf_diffusers.reference_bank import pil_to_pixels
+from stf_diffusers.dataset_images import pil_to_pixels
 
 SIGMA = torch.tensor([0.002, 0.02, 0.3, 1.0, 3.0, 10.0, 80.0])
 SOURCES = torch.tensor([3, 17, 0, 28, 28, 5, 11])
@@ -273,7 +273,7 @@ def test_a_replaced_file_does_not_change_an_open_bank(tmp_path):
     ReferenceBank(pixels(seed=1)).save(path)
     assert torch.equal(bank.posterior_mean(noisy, 1.0, SIGMA).mean, expected.mean)
     assert torch.equal(copy.posterior_mean(noisy, 1.0, SIGMA).mean, expected.mean)
-    with pytest.raises(ValueError, match="was replaced after the bank was opened"):
+    with pytest.raises(ValueError, match="was replaced after it was opened"):
         pickle.loads(pickle.dumps(bank))  # noqa: S301
 
 
@@ -301,7 +301,7 @@ def test_two_processes_write_one_file(tmp_path):
     script = (
         "import sys; sys.path[:0] = [sys.argv[1]]; import test_reference_bank as t;"
         "b = t.ReferenceBank.from_dataset(t.small_dataset(600), path=sys.argv[2] + '/bank.safetensors', quiet=True);"
-        "assert (b._images[:] == t.torch.stack([t.pil_to_pixels(i) for i in t.small_dataset(600)['image']])).all()"
+        "assert (b.images[:] == t.torch.stack([t.pil_to_pixels(i) for i in t.small_dataset(600)['image']])).all()"
     )
     command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -530,7 +530,11 @@ def test_processes_give_the_same_targets(world, tmp_path):
     single = torch.load(tmp_path / "1-0.pt", weights_only=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port"]
     command += [str(free_port()), __file__, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     parts = [torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]

@@ -9,16 +9,18 @@ import argparse
 from collections.abc import Sequence
 from itertools import chain, islice, repeat
 
+import datasets
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import ConsistencyModelPipeline, EDMEulerScheduler, UNet2DModel
+from PIL import Image
+from stf_diffusers import ReferenceBank, SchedulerProcess, STFTrainingObjective
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
-
-from drop_in_data import column, load_split, read_pixels
-from stf_diffusers import ReferenceBank, SchedulerProcess, STFTrainingObjective
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,13 +38,43 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def load_images(dataset_name: str | None, train_data_dir: str | None) -> datasets.Dataset:
+    """The images with their labels; scikit-learn's digits if neither is given."""
+    if dataset_name is None and train_data_dir is None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        images = [Image.fromarray(image) for image in pixels]
+        return datasets.Dataset.from_dict({"image": images, "label": digits.target})
+    dataset = datasets.load_dataset(dataset_name or "imagefolder", data_dir=train_data_dir, split="train")
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise ValueError(f"The data set has the columns {dataset.column_names}, none of them images. Pass another one.")
+    return dataset if columns[0] == "image" else dataset.rename_column(columns[0], "image")
+
+
+def to_pixels(image: Image.Image, resolution: int, channels: int) -> Tensor:
+    """uint8 (C, R, R): the shorter side resized to R, then the centre."""
+    image = image.convert("L" if channels == 1 else "RGB")
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return torch.from_numpy(np.array(image).reshape(resolution, resolution, channels)).permute(2, 0, 1)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(args.seed, device_specific=True)
 
-    split = load_split(args.dataset_name, args.train_data_dir)
-    pixels, classes = read_pixels(split, args.resolution), torch.tensor(column(split, "label"))
+    split = load_images(args.dataset_name, args.train_data_dir)
+    if "label" not in split.column_names:
+        raise ValueError(f"No column of {split.column_names} is 'label'. Rename the one that holds the classes.")
+    channels = 1 if split[0]["image"].mode in ("1", "L") else 3
+    pixels = torch.stack([to_pixels(image, args.resolution, channels) for image in split["image"]])
+    classes = torch.tensor(split["label"][:])
     num_classes = int(classes.max()) + 1
     loader = DataLoader(TensorDataset(pixels, classes), batch_size=args.train_batch_size, shuffle=True)
 

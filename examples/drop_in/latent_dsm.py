@@ -8,16 +8,17 @@ import argparse
 from collections.abc import Sequence
 from itertools import chain, islice, repeat
 
+import datasets
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-
-from drop_in_data import load_split, read_pixels
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -25,7 +26,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vae", required=True, help="An AutoencoderKL on the Hub, or its folder.")
     parser.add_argument("--dataset_name", help="A data set on the Hub, or a folder that Datasets can load.")
     parser.add_argument("--train_data_dir", help="A folder of images.")
-    parser.add_argument("--resolution", type=int, default=64, help="Of the images, not of their latents.")
+    parser.add_argument("--resolution", type=int, default=64, help="Resolution of the images, before encoding.")
     parser.add_argument("--output_dir", default="latent")
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--max_train_steps", type=int, default=1000)
@@ -33,6 +34,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
+
+
+def load_images(dataset_name: str | None, train_data_dir: str | None) -> datasets.Dataset:
+    """The training images, in the column "image"; scikit-learn's digits if neither is given."""
+    if dataset_name is None and train_data_dir is None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        return datasets.Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels]})
+    dataset = datasets.load_dataset(dataset_name or "imagefolder", data_dir=train_data_dir, split="train")
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise ValueError(f"The data set has the columns {dataset.column_names}, none of them images. Pass another one.")
+    return dataset if columns[0] == "image" else dataset.rename_column(columns[0], "image")
+
+
+def to_pixels(image: Image.Image, resolution: int, channels: int) -> Tensor:
+    """uint8 (C, R, R): the shorter side resized to R, then the centre."""
+    image = image.convert("L" if channels == 1 else "RGB")
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return torch.from_numpy(np.array(image).reshape(resolution, resolution, channels)).permute(2, 0, 1)
 
 
 class LatentDraws(Dataset):
@@ -59,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     vae = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False).to(accelerator.device)
     if vae.config.shift_factor:
         raise ValueError(f"LDMPipeline does not shift latents; {args.vae} has a shift_factor. Pass another --vae.")
-    split = load_split(args.dataset_name, args.train_data_dir)
-    dataset = LatentDraws(vae, read_pixels(split, args.resolution, vae.config.in_channels))
+    images = load_images(args.dataset_name, args.train_data_dir)["image"]
+    pixels = torch.stack([to_pixels(image, args.resolution, vae.config.in_channels) for image in images])
+    dataset = LatentDraws(vae, pixels)
     loader = DataLoader(dataset, batch_size=args.train_batch_size, shuffle=True)
 
     noise_scheduler = DDIMScheduler(clip_sample=False)

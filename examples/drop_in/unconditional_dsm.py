@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from itertools import chain, islice, repeat
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import compute_snr
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-
-from drop_in_data import channels_of, load_split, to_pixels
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -37,13 +39,38 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def load_images(dataset_name: str | None, train_data_dir: str | None) -> datasets.Dataset:
+    """The training images, in the column "image"; scikit-learn's digits if neither is given."""
+    if dataset_name is None and train_data_dir is None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        return datasets.Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels]})
+    dataset = datasets.load_dataset(dataset_name or "imagefolder", data_dir=train_data_dir, split="train")
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise ValueError(f"The data set has the columns {dataset.column_names}, none of them images. Pass another one.")
+    return dataset if columns[0] == "image" else dataset.rename_column(columns[0], "image")
+
+
+def to_pixels(image: Image.Image, resolution: int, channels: int) -> Tensor:
+    """uint8 (C, R, R): the shorter side resized to R, then the centre."""
+    image = image.convert("L" if channels == 1 else "RGB")
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return torch.from_numpy(np.array(image).reshape(resolution, resolution, channels)).permute(2, 0, 1)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(args.seed, device_specific=True)
 
-    images = load_split(args.dataset_name, args.train_data_dir)
-    channels = channels_of(images)
+    images = load_images(args.dataset_name, args.train_data_dir)
+    channels = 1 if images[0]["image"].mode in ("1", "L") else 3
 
     def preprocess(examples: dict[str, Any]) -> dict[str, Any]:
         pixels = torch.stack([to_pixels(image, args.resolution, channels) for image in examples["image"]])

@@ -1,13 +1,11 @@
-"""The scripts of examples/drop_in: each trains, both sides of a pair are one run but for the targets, and the docs show it.
+"""The scripts of examples/drop_in: each trains, alone where it is copied, and both sides of a pair are one run but for targets.
 
 A pair is run on the same batches, so that with one reference it must end with the same weights, bit for bit.
 """
 
-import difflib
 import functools
 import importlib
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -16,31 +14,22 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    DiffusionPipeline,
-    EDMEulerScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from conftest import EXAMPLES, ROOT
-from oracles import TABLE, images, normal, posterior, rows, worst
-from stf_diffusers import ReferenceBatchCollator, ReferenceBatchSampler, SchedulerProcess, STFTrainingObjective
+from conftest import EXAMPLES
+from oracles import TABLE, posterior, rows
+from stf_diffusers import ReferenceBatchCollator, ReferenceBatchSampler, STFTrainingObjective
 
 sys.path.append(str(EXAMPLES / "drop_in"))
-from drop_in_data import embed_captions, load_split, read_pixels
+import class_conditional_stf
+import flow_stf
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
-PAIRS = ("unconditional", "class_conditional", "latent", "flow")
+PAIRS, SIDES = ("unconditional", "class_conditional", "latent", "flow"), ("dsm", "stf")
 # Of a StableDiffusion3Pipeline: what the folder of the flow scripts lacks.
 MISSING = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 every_pair = pytest.mark.parametrize("pair", PAIRS)
@@ -141,14 +130,14 @@ def sample(pair, pipe):
         return pipe(batch_size=2, class_labels=[0, 1], output_type="np", **steps).images
     if pair != "flow":
         return pipe(batch_size=2, output_type="np", **steps).images
-    (prompts, pooled), (empty, empty_pooled) = embed_captions(["a dark square", "a cat"]), embed_captions([""] * 2)
+    (prompts, pooled), (empty, empty_pooled) = map(flow_stf.embed_captions, (["a dark square", "a cat"], [""] * 2))
     return pipe(
         prompt_embeds=prompts, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,
         negative_pooled_prompt_embeds=empty_pooled, guidance_scale=3.0, output_type="latent", **steps,
     ).images.permute(0, 2, 3, 1).numpy()  # fmt: skip
 
 
-@pytest.mark.parametrize("side", ["dsm", "stf"])
+@pytest.mark.parametrize("side", SIDES)
 @every_pair
 def test_trains_saves_loads_and_samples(train, pair, side):
     folder = train(pair, side)
@@ -161,6 +150,13 @@ def test_trains_saves_loads_and_samples(train, pair, side):
     assert all(parameter.isfinite().all() for parameter in network.parameters())
 
 
+COPIES = """
+import json, os, runpy, sys
+for script, *flags in json.loads(sys.argv[1]):
+    os.chdir(os.path.dirname(script))
+    sys.argv = [script, *flags, "--max_train_steps", "1", "--train_batch_size", "4", "--output_dir", "run"]
+    runpy.run_path(script, run_name="__main__")
+"""
 PLAIN_DIFFUSERS = f"""
 import sys
 sys.modules["stf_diffusers"] = None
@@ -173,12 +169,28 @@ assert images.shape == (2, 1, 16, 16) and images.isfinite().all()
 """
 
 
-def test_runs_as_a_command_and_loads_without_the_package(tmp_path):
-    """On the digits, from any folder; what it saves needs Diffusers alone."""
-    script = EXAMPLES / "drop_in" / "flow_stf.py"
-    flags = ("--max_train_steps", "1", "--train_batch_size", "8", "--output_dir", "run")
-    subprocess.run([sys.executable, script, *flags], cwd=tmp_path, check=True, timeout=120)
-    subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, "run"], cwd=tmp_path, check=True, timeout=120)
+def test_each_runs_where_it_is_copied_alone(tmp_path, vae_folder):
+    """On the digits, in a process that starts outside the checkout; what is saved needs Diffusers alone."""
+    runs = []
+    for script in sorted((EXAMPLES / "drop_in").glob("*.py")):
+        (folder := tmp_path / script.stem).mkdir()
+        flags = ("--vae", str(vae_folder), "--resolution", "16") if script.stem.startswith("latent") else ()
+        runs.append([str(shutil.copy(script, folder)), *flags])
+    subprocess.run([sys.executable, "-c", COPIES, json.dumps(runs)], cwd=tmp_path, check=True, timeout=300)
+    assert all((tmp_path / f"{pair}_{side}" / "run" / "model_index.json").exists() for pair in PAIRS for side in SIDES)
+    saved = tmp_path / "flow_stf" / "run"
+    subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, saved], cwd=tmp_path, check=True, timeout=120)
+
+
+def test_data_that_lack_a_column_are_refused(train, tmp_path, captioned_folder, image_folder):
+    (tmp_path / "table" / "part").mkdir(parents=True)
+    (tmp_path / "table" / "part" / "train.csv").write_text("number\n1\n2\n")
+    with pytest.raises(ValueError, match=r"columns \['number'\], none of them images"):
+        train("unconditional", "stf", "--dataset_name", tmp_path / "table", "--train_data_dir", "part")
+    with pytest.raises(ValueError, match=r"No column of \['image', 'text'\] is 'label'"):
+        train("class_conditional", "stf", "--train_data_dir", captioned_folder)
+    with pytest.raises(ValueError, match=r"columns \['image', 'label'\]: pass one of them to --caption_column"):
+        train("flow", "stf", "--train_data_dir", image_folder)
 
 
 # ---- one reference is denoising score matching
@@ -302,8 +314,11 @@ def test_targets_of_the_latent_script(train, same_batches, targets):
 def test_targets_of_the_class_conditional_script(train, targets, image_folder):
     """A row uses the images of its class, and all where its label was dropped."""
     train("class_conditional", "stf", "--label_dropout", 0.4, "--max_train_steps", 8)
-    split = load_split(None, str(image_folder))
-    classes, reference = torch.tensor(split["label"]), read_pixels(split, 8).double() / 127.5 - 1
+    split = class_conditional_stf.load_images(None, str(image_folder))
+    classes = torch.tensor(split["label"][:])
+    reference = (
+        torch.stack([class_conditional_stf.to_pixels(image, 8, 3) for image in split["image"]]).double() / 127.5 - 1
+    )
 
     def mask(labels):
         return (labels[:, None] == classes) | (labels == -1)[:, None]
@@ -321,8 +336,9 @@ def test_targets_of_the_class_conditional_script(train, targets, image_folder):
 def test_targets_of_the_flow_script(train, targets, captioned_folder):
     """A row uses the images of its caption, which may be itself alone, and all where the caption was dropped."""
     train("flow", "stf", "--caption_dropout", 0.4, "--max_train_steps", 8)
-    split = load_split(None, str(captioned_folder))
-    captions, reference = split["text"], read_pixels(split, 8).double() / 127.5 - 1
+    split = flow_stf.load_images(None, str(captioned_folder))
+    captions = split["text"][:]
+    reference = torch.stack([flow_stf.to_pixels(image, 8, 1) for image in split["image"]]).double() / 127.5 - 1
     numbers = torch.tensor([list(dict.fromkeys(captions)).index(caption) for caption in captions])
 
     def mask(labels):
@@ -338,134 +354,3 @@ def test_targets_of_the_flow_script(train, targets, captioned_folder):
     assert (~unique)[seen == -1].any() and (~unique)[(seen == 0) | (seen == 1)].any()
     with pytest.raises(AssertionError):
         assert_targets(targets, "flow_prediction", coefficients, reference)
-
-
-# ---- what the docs show
-
-
-def diff(pair):
-    sides = [(EXAMPLES / "drop_in" / f"{pair}_{side}.py") for side in ("dsm", "stf")]
-    texts = [side.read_text().splitlines() for side in sides]
-    return list(difflib.unified_diff(*texts, *(side.name for side in sides), lineterm="", n=1))
-
-
-@every_pair
-def test_at_most_five_lines_change(pair):
-    body = [line for line in diff(pair) if not line.startswith(("---", "+++"))]
-    removed, added = (sum(line.startswith(sign) for line in body) for sign in "-+")
-    assert 0 < max(removed, added) <= 5
-
-
-def test_the_docs_have_the_diffs():
-    blocks = re.findall(r"^```diff\n(.*?)^```$", (ROOT / "docs" / "drop_in.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert [block.splitlines() for block in blocks] == [diff(pair) for pair in PAIRS]
-
-
-# ---- other loops: half precision, LoRA, other shapes
-
-
-FAMILIES = {
-    "DDPM epsilon": DDPMScheduler(),
-    "DDPM sample": DDPMScheduler(prediction_type="sample"),
-    "DDPM v": DDPMScheduler(prediction_type="v_prediction"),
-    "zero terminal SNR": DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
-    "EDM Euler": EDMEulerScheduler(),
-    "Euler": EulerDiscreteScheduler(),
-    "Euler v": EulerDiscreteScheduler(prediction_type="v_prediction"),
-    "flow": FlowMatchEulerDiscreteScheduler(),
-    "flow, shifted": FlowMatchEulerDiscreteScheduler(shift=3.0),
-}
-every_family = pytest.mark.parametrize("scheduler", FAMILIES.values(), ids=FAMILIES)
-
-
-@pytest.mark.parametrize("name", ["DDPM epsilon", "DDPM sample", "DDPM v", "flow, shifted"])
-def test_half_precision_targets(name):
-    """A loop in bf16: targets within one unit in the last place of the float32 ones; epsilon, sample, flow exactly."""
-    scheduler = FAMILIES[name]
-    reference, noise = images(4, 3, 8, 8).bfloat16(), normal(4, 3, 8, 8).bfloat16()
-    objective = STFTrainingObjective.from_scheduler(scheduler)
-    timesteps = objective.process.timesteps[[10, 300, 600, 990]]
-    for i in range(4):  # one reference each
-        arguments = reference[i : i + 1], noise[i : i + 1], timesteps[i : i + 1]
-        x0, e, t = arguments
-        target = objective.target(*arguments, reference=x0)
-        script = {
-            "DDPM epsilon": lambda e=e: e,
-            "DDPM sample": lambda x0=x0: x0,
-            "DDPM v": lambda x0=x0, e=e, t=t: scheduler.get_velocity(x0.float(), e.float(), t),
-            "flow, shifted": lambda x0=x0, e=e: e - x0,
-        }[name]().bfloat16()
-        one_ulp = torch.nextafter(script, torch.tensor(torch.inf, dtype=torch.bfloat16)).float() - script.float()
-        assert ((target.bfloat16().float() - script.float()).abs() <= one_ulp.abs()).all()
-        assert name == "DDPM v" or torch.equal(target.bfloat16(), script)
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 4), (4, 3, 2, 2), (6, 8)], ids=["image", "video", "packed sequence"])
-@every_family
-def test_shapes_and_timesteps(scheduler, shape):
-    """Images, video latents (C, T, H, W) and packed sequences (L, C), which differ in nothing but their shape."""
-    objective = STFTrainingObjective.from_scheduler(scheduler)
-    times = objective.process.timesteps
-    t = times[torch.linspace(1, len(times) - 1, 5).long()]
-    flat, noise = images(20, 48), normal(5, 48)
-    expected = objective.target(flat[:5], noise, t, reference=flat)
-    shaped, shaped_noise = flat.view(20, *shape), noise.view(5, *shape)
-    target = objective.target(shaped[:5], shaped_noise, t, reference=shaped)
-    assert torch.equal(target, expected.view(5, *shape))
-    # The target belongs to what the scheduler's own noising gives.
-    add_noise = getattr(scheduler, "add_noise", None) or (lambda x0, e, t: scheduler.scale_noise(x0, t, e))
-    noisy = objective.process.add_noise(shaped[:5], shaped_noise, t)
-    torch.testing.assert_close(add_noise(shaped[:5], shaped_noise, t), noisy, rtol=1e-6, atol=1e-6)
-    assert not torch.equal(target, objective.target(shaped[:5], shaped_noise, t))
-    for dtype in (torch.float64, torch.int64) if bool((t == t.round()).all()) else (torch.float64,):
-        assert torch.equal(objective.target(shaped[:5], shaped_noise, t.to(dtype), reference=shaped), target)
-
-
-def test_denoiser_form_of_edm():
-    """Scripts that precondition compare the denoised images with the clean ones: prediction type "sample"."""
-    scheduler = FAMILIES["EDM Euler"]
-    objective = STFTrainingObjective(SchedulerProcess(scheduler), prediction_type="sample")
-    reference, noise, t = images(20, 3, 4, 4), normal(5, 3, 4, 4), scheduler.timesteps[[0, 200, 400, 600, 800]]
-    sigma = (4 * t.double()).exp()
-    noisy = reference[:5].double() + rows(sigma, reference) * noise
-    expected = posterior(noisy, reference, torch.ones(5), sigma)[1]
-    assert worst(objective.target(reference[:5], noise, t, reference=reference), expected) < 1e-5
-    assert torch.equal(objective.target(reference[:5], noise, t), reference[:5])
-
-
-def test_lora():
-    """Adapters in bf16 on a frozen transformer: they alone have gradients, and one reference is the DSM target."""
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    model = SD3Transformer2DModel(
-        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        caption_projection_dim=16, joint_attention_dim=16, pooled_projection_dim=16, pos_embed_max_size=4,
-    )  # fmt: skip
-    model.to(torch.bfloat16).requires_grad_(False)
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    model.to(torch.bfloat16)
-    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    adapters = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
-    assert adapters and all("lora_" in name for name in adapters)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    scheduler = FAMILIES["flow, shifted"]
-    objective = STFTrainingObjective.from_scheduler(scheduler)
-    latents, embeddings = normal(12, 4, 8, 8, seed=1).bfloat16(), normal(2, 5, 16, seed=2).bfloat16()
-    for step in range(3):
-        clean, noise = latents[:2], normal(2, 4, 8, 8, seed=10 + step).bfloat16()
-        steps = torch.tensor([5, 500])
-        timesteps, sigmas = scheduler.timesteps[steps], scheduler.sigmas[steps].view(-1, 1, 1, 1)
-        noisy = ((1 - sigmas) * clean + sigmas * noise).bfloat16()
-        target = objective.target(clean, noise, timesteps, reference=latents)
-        dsm = objective.target(clean[:1], noise[:1], timesteps[:1], reference=latents[:1])
-        assert torch.equal(dsm.bfloat16(), noise[:1] - clean[:1])
-        assert (target - (noise - clean).float()).abs().max() > 0.1
-        output = model(noisy, embeddings, embeddings[:, 0], timesteps).sample
-        F.mse_loss(output.float(), target).backward()
-        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-        assert all(p.dtype == torch.bfloat16 for p in model.parameters())
-        optimizer.step()
-        optimizer.zero_grad()
-    after = dict(model.named_parameters())
-    assert all(torch.equal(after[name], p) for name, p in frozen.items())
-    assert all(not torch.equal(after[name], p) for name, p in adapters.items())

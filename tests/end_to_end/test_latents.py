@@ -12,15 +12,11 @@ import textwrap
 import datasets
 import diffusers
 import huggingface_hub
+import latents
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, LDMPipeline
-from PIL import Image
-from safetensors.torch import load_file, save_file
-
-import latents
-from conftest import EXAMPLES
 from image_data import ImageColumn, ImageReader, decode_all
 from latents import (
     LatentCache,
@@ -32,6 +28,10 @@ from latents import (
     fold_normalization,
     load_autoencoder,
 )
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from conftest import EXAMPLES
 from test_export import small_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

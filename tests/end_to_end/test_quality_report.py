@@ -3,24 +3,24 @@
 import json
 import shutil
 
+import evaluation
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
+from evaluation import as_pixels
 from PIL import Image
 from test_training import flags, launch, tiny_autoencoder, weights  # noqa: F401
+from training_log import TrainingLog
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 
-import evaluation
 import quality_report
 import train_unconditional_stf as script
-from evaluation import as_pixels
 from oracles import normal
 from stf_diffusers import VE, STFTrainingObjective, target_variance
 from stf_diffusers.quality import sample_quality, transformers_features
-from training_log import TrainingLog
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 

@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from image_data import load_digits_dataset
 
 import variance_report as script
-from image_data import load_digits_dataset
 from stf_diffusers import EDM, VP, FlowMatching, target_variance
 
 pytest.importorskip("matplotlib")

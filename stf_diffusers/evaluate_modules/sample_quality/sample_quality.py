@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from stf_diffusers.feature_extractors import transformers_features
 from stf_diffusers.metrics import nearest_neighbors
-from stf_diffusers.quality import sample_quality, transformers_features
+from stf_diffusers.quality import sample_quality
 
 _DESCRIPTION = """
 Fréchet distance, kernel distance, precision and recall of generated images from data, on the features of a vision model of
@@ -46,7 +47,7 @@ def _pixels(images: Sequence[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(stacked.reshape(*stacked.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
 
 
-class SampleQuality(evaluate.Metric):
+class SampleQualityMetric(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,

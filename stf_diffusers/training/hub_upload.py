@@ -13,9 +13,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from stf_diffusers.export import PIPELINE_PARTS
+from ..export import PIPELINE_PARTS
 
-logger = logging.getLogger("train_unconditional_stf")
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 PIPELINE_FILES = ("README.md", "model_index.json", *(f"{part}/*" for part in PIPELINE_PARTS))
@@ -39,19 +39,27 @@ class HubUpload:
     Uploads go on beside the training, in order, from a snapshot of the files. One that fails is tried again, then
     reported; it never raises, and a Hub that does not answer stops nothing.
 
+    Args:
+        hub_model_id: the repository.
+        hub_token: opens it. None: that of `hf auth login`.
+        private: whether a new repository is private.
+        first_delay: seconds before the second attempt of an upload; each later one waits four times as long.
+
     Raises:
         ValueError: when made, before the training: the Hub refuses the repository or cannot be reached.
     """
 
-    def __init__(self, name: str, token: str | None, private: bool, first_delay: float = 2.0) -> None:
-        self.api = HfApi(token=token)
+    def __init__(
+        self, hub_model_id: str, hub_token: str | None = None, private: bool = False, first_delay: float = 2.0
+    ) -> None:
+        self.api = HfApi(token=hub_token)
         try:
-            self.repository = self.api.create_repo(name, private=private or None, exist_ok=True).repo_id
+            self.repository = self.api.create_repo(hub_model_id, private=private or None, exist_ok=True).repo_id
         # The client's versions differ in their HTTP library and its errors.
         except Exception as error:
             raise ValueError(
-                f"--push_to_hub: the repository {name} cannot be made or opened. Check --hub_token (or `hf auth login`) "
-                f"and --hub_model_id, or train without --push_to_hub and upload afterwards. The client says: {error}"
+                f"the repository {hub_model_id} cannot be made or opened. Check hub_token= (or `hf auth login`) and hub_model_id=, "
+                f"or train without push_to_hub= and upload afterwards. The client says: {error}"
             ) from error
         self.first_delay = first_delay
         self.missing: dict[str, str] = {}  # messages of the commits that are not on the Hub, and why

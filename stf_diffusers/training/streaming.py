@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,10 +13,14 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
-from image_data import ImageReader, read_row, standard_deviation_of
+from ..reference_bank import Augmentation, ReferenceBank
+from ..reference_batch import ReferenceBatchSampler
+from .data_set import find_image_column, find_label_column
+from .image_data import ImageReader, make_reader, read_row, standard_deviation_of
+from .sources import TrainingImages
 
 
-class ImageStream:
+class ImageStream(TrainingImages):
     """A data set that is read in order, again and again, through a buffer of n images.
 
     At each step B places of the buffer are drawn uniformly: their images are the sources, all n images are the references,
@@ -26,16 +31,19 @@ class ImageStream:
 
     Args:
         dataset: the stream; each process reads its part of it.
-        column: of images.
-        label_column: of class labels, or None.
+        column: its column of images.
+        label_column: its column of class labels, or None.
         reader: how images are read.
         batch_size: B.
         buffer_size: n; None: 4,096, or all images where there are fewer.
-        seed: of the order of shards, random crops and draws of places.
-        process_index, num_processes: of this process.
+        seed: random seed for the order of shards, random crops and draws of places.
+        process_index, num_processes: place of this process among those that read the stream.
         num_classes: labels must lie below it.
 
     Where there are several processes, `agree` has to follow.
+
+    Attributes:
+        standard_deviation: in [-1, 1], over the pixels that the buffers hold before the first step.
 
     Raises:
         ValueError: fewer images than the buffer needs, or images and labels that cannot be read. Later ones are read when
@@ -55,18 +63,19 @@ class ImageStream:
         num_processes: int = 1,
         num_classes: int | None = None,
     ) -> None:
+        self.labels = None  # they come with the batches
         self._dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self.column, self.label_column, self.reader = column, label_column, reader
         self.batch_size, self.seed = batch_size, seed
         self._process_index, self._num_processes = process_index, num_processes
-        self._num_classes = num_classes
+        self.num_classes = num_classes
         self._decoder = datasets.Image()
         first = [example for example, _ in zip(self._one_pass(0), range(buffer_size or 4096), strict=False)]
-        self.num_references = buffer_size or len(first)
-        if len(first) < max(batch_size, self.num_references):
+        self._num_references = buffer_size or len(first)
+        if len(first) < max(batch_size, self._num_references):
             raise ValueError(
-                f"the stream has {len(first)} images for each process, fewer than the {max(batch_size, self.num_references)} "
-                "that its buffer holds. Lower --reference_batch_size or --train_batch_size."
+                f"the stream has {len(first)} images for each process, fewer than the {max(batch_size, self._num_references)} "
+                "that its buffer holds. Lower buffer_size= or batch_size=."
             )
         self._examples = first
         self._pixels = torch.empty((len(first), *self.shape), dtype=torch.uint8)
@@ -77,8 +86,26 @@ class ImageStream:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, R, R) of each image."""
         return self.reader.channels, self.reader.resolution, self.reader.resolution
+
+    @property
+    def num_images(self) -> None:
+        return None
+
+    @property
+    def in_memory(self) -> None:
+        return None
+
+    @property
+    def num_references(self) -> int:
+        return self._num_references
+
+    @property
+    def standard_deviation(self) -> float:
+        return self._standard_deviation
+
+    def __str__(self) -> str:
+        return f"a stream of images of {self.shape}"
 
     def summary(self) -> dict[str, Any]:
         """What the processes have to agree on, of the images that the buffer holds before the first step."""
@@ -89,16 +116,31 @@ class ImageStream:
 
     def agree(self, summaries: list[dict[str, Any]]) -> None:
         """Take one size of the buffer, one digest and one standard deviation from the summaries of all processes."""
-        self.num_references = min(summary["references"] for summary in summaries)
+        self._num_references = min(summary["references"] for summary in summaries)
         self._pixels, self._labels = self._pixels[: self.num_references], self._labels[: self.num_references]
         self._digest = hashlib.sha256(repr([summary["digest"] for summary in summaries]).encode()).hexdigest()[:16]
-        self.standard_deviation = standard_deviation_of(
+        self._standard_deviation = standard_deviation_of(
             torch.stack([summary["levels"] for summary in summaries]).sum(0)
         )
 
     def digest(self) -> str:
-        """What tells this stream from another: a digest of the images and labels that it begins with."""
+        """A digest of the images and labels that the stream begins with."""
         return self._digest
+
+    def manifest(self) -> dict[str, Any]:
+        return {"num_images": None, "data_digest": self._digest, "image_shape": list(self.shape)}
+
+    def make_bank(
+        self,
+        device: torch.device | str | None = None,
+        *,
+        path: Path | None = None,
+        augmentation: Augmentation = "none",
+        process_shard: tuple[int, int] | None = None,
+        pin_memory: bool = False,
+        quiet: bool = False,
+    ) -> ReferenceBank:
+        raise ValueError("a stream is not kept: its references are the buffer that comes with each batch.")
 
     def _one_pass(self, number: int) -> Iterator[dict[str, Any]]:
         """The examples of this process, as they are stored, with "index", their place in pass and process."""
@@ -123,17 +165,23 @@ class ImageStream:
         self._pixels[place] = read_row(self.reader, index, image, draw)
         if self.label_column is not None:
             label = example[self.label_column]
-            if not isinstance(label, int) or not 0 <= label < (self._num_classes or label + 1):
+            if not isinstance(label, int) or not 0 <= label < (self.num_classes or label + 1):
                 raise ValueError(
-                    f"image {index} has the label {label!r}. Labels are integers from 0, below the {self._num_classes} "
+                    f"image {index} has the label {label!r}. Labels are integers from 0, below the {self.num_classes} "
                     "classes that the data set declares."
                 )
             self._labels[place] = label
 
-    def batches_from(self, position: int) -> Iterator[dict[str, Tensor]]:
-        """Batches of this process from the given one on, without end, as `ReferenceBatchCollator` lays them out: "images",
-        "reference_images", with labels "labels" and "reference_labels", and "index" of the sources.
-        """
+    def batches_from(
+        self,
+        position: int,
+        sampler: ReferenceBatchSampler | None = None,
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> Iterator[dict[str, Tensor]]:
+        if sampler is not None or num_workers:
+            raise ValueError("a stream is read in order, by the training process: pass neither a sampler nor workers.")
         stream = self._endless()
         self._examples = [next(stream) for _ in range(self.num_references)]
         stale = set(range(self.num_references)) if position else set()
@@ -154,8 +202,55 @@ class ImageStream:
                 if self.label_column is not None:
                     labels = self._labels[order]
                     batch |= {"labels": labels[: self.batch_size], "reference_labels": labels}
-                yield batch
+                yield {key: value.pin_memory() for key, value in batch.items()} if pin_memory else batch
             for place in sources:
                 self._examples[place] = next(stream)
             stale |= set(sources)
             step += 1
+
+
+def open_stream(
+    dataset: datasets.IterableDataset,
+    *,
+    batch_size: int,
+    buffer_size: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_conditional: bool = False,
+    image_mode: str | None = None,
+    resolution: int | None = None,
+    center_crop: bool = False,
+    seed: int = 0,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> ImageStream:
+    """The images of a streamed data set, checked.
+
+    Args:
+        dataset: the data set.
+        image_column, label_column: its columns; found where there is only one of the kind.
+        class_conditional: whether labels are read.
+        image_mode, resolution, center_crop: as for `make_reader`.
+        batch_size, buffer_size, seed, process_index, num_processes: as for `ImageStream`.
+
+    Raises:
+        ValueError: there are no images, or no labels where they are needed; or they cannot be read.
+    """
+    if dataset.features is None:
+        raise ValueError(
+            "streaming=True: the data set does not declare its columns. Use parquet files or a folder of images."
+        )
+    column = find_image_column(dataset, image_column)
+    if class_conditional or label_column:
+        label_column = find_label_column(dataset, label_column)
+    if not class_conditional:
+        label_column = None
+    reader = make_reader(dataset, column, image_mode, resolution, center_crop)
+    classes = None if label_column is None else getattr(dataset.features[label_column], "num_classes", None)
+    if label_column is not None and classes is None:
+        raise ValueError(
+            f"streaming=True: column {label_column!r} does not declare its number of classes (ClassLabel)."
+        )
+    return ImageStream(
+        dataset, column, label_column, reader, batch_size, buffer_size, seed, process_index, num_processes, classes
+    )

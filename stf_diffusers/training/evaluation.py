@@ -1,14 +1,12 @@
-"""Samples and their distances from the training images, shared out over the processes."""
+"""Samples' distances from the training images, shared out over the processes, and the pipeline with the least."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
 import math
-import os
-from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,57 +16,25 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import DiffusionPipeline
 from huggingface_hub import cached_assets_path
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from checkpoints import said_where_it_fails
-from image_data import ImageColumn
-from stf_diffusers.export import METADATA_KEY, network_of, sampling_labels, save_pipeline
-from stf_diffusers.metrics import FeatureStatistics
-from stf_diffusers.model_card import model_card
-from stf_diffusers.quality import FeatureExtractor, SampleQuality, sample_quality, transformers_features
-from training_log import tracker_may_fail
+from ..export import save_pipeline
+from ..feature_extractors import FeatureExtractor, transformers_features
+from ..files import replacing
+from ..metrics import FeatureStatistics
+from ..model_card import model_card
+from ..quality import SampleQuality, sample_quality
+from .image_data import ImageColumn
+from .run_folder import BEST, RECORDS, explained_write_errors
+from .sampling import as_pixels, sample_images, seed_for
+from .training_log import tracker_may_fail
 
-logger = logging.getLogger("train_unconditional_stf")
+logger = logging.getLogger(__name__)
 
 # Below it precision and recall, with their three neighbours, cannot be computed.
 SMALLEST = 5
-RECORDS, BEST = "evaluations.json", "best"
-
-
-@torch.no_grad()
-def sample_images(
-    pipeline: DiffusionPipeline,
-    indices: list[int],
-    *,
-    seed_of: Callable[[int], int],
-    label_of: Callable[[int], int] | None = None,
-    batch_size: int,
-    num_inference_steps: int,
-) -> list[Image.Image]:
-    """The images of these numbers: each a function of the pipeline, its number's seed and its label alone."""
-    pipeline.set_progress_bar_config(disable=True)
-    labels = sampling_labels(network_of(pipeline), pipeline.scheduler.config[METADATA_KEY])
-    images: list[Image.Image] = []
-    for start in range(0, len(indices), batch_size):
-        which = indices[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed_of(index)) for index in which]
-        # `DiTPipeline` has no batch size, and guides by itself.
-        how: dict[str, Any] = (
-            {"guidance_scale": 1.0} if hasattr(pipeline, "transformer") else {"batch_size": len(which)}
-        )
-        if labels:
-            how["class_labels"] = [label_of(index) if label_of else labels[index % len(labels)] for index in which]
-        images += pipeline(generator=generators, num_inference_steps=num_inference_steps, **how).images
-    return images
-
-
-def as_pixels(images: Sequence[Image.Image]) -> Tensor:
-    """(n, C, H, W) uint8."""
-    arrays = np.stack([np.asarray(image) for image in images])
-    return torch.from_numpy(arrays.reshape(*arrays.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
 
 
 def gathered(features: Tensor) -> Tensor:
@@ -81,8 +47,19 @@ def gathered(features: Tensor) -> Tensor:
     return torch.from_numpy(whole)
 
 
-def data_features(images: ImageColumn, extractor: FeatureExtractor, cache_dir: str | None, quiet: bool) -> Tensor:
-    """Features of all images (N, d), each process computing a part; read from the cache where they were computed before."""
+def data_features(
+    images: ImageColumn, extractor: FeatureExtractor, cache_dir: str | None = None, quiet: bool = False
+) -> Tensor:
+    """Features of all images (N, d), each process computing a part; read from the cache where they were computed before.
+
+    Collective.
+
+    Args:
+        images: the images.
+        extractor: whose features.
+        cache_dir: where features are kept. None: Hugging Face's cache.
+        quiet: no progress bar.
+    """
     state = PartialState()
     key = f"{images.digest(at_most=2048)} {len(images)} {extractor.name}"
     folder = cached_assets_path("stf_diffusers", "features", assets_dir=cache_dir)
@@ -96,52 +73,68 @@ def data_features(images: ImageColumn, extractor: FeatureExtractor, cache_dir: s
         parts.append(extractor(images.__getitems__(rows[start : start + 256])["images"]))
     features = gathered(torch.cat(parts) if parts else torch.empty(0, 1))
     if state.is_main_process:
-        aside = path.with_name(f".{os.getpid()}-{path.name}")
-        save_file({"features": features}, aside)
-        os.replace(aside, path)
+        with replacing(path) as file:
+            save_file({"features": features}, file)
     return features
 
 
 class Evaluation:
-    """What `--eval_steps` does: samples are drawn and their features computed by all processes alike, and the main process
-    compares, records, and keeps the pipeline with the least Fréchet distance in `best/`.
+    """Evaluations during a training: samples are drawn and their features computed by all processes alike, and the main
+    process compares, records, and keeps the pipeline with the least Fréchet distance in `best/`.
+
+    Args:
+        accelerator: of the training.
+        images: the training images.
+        output_dir: the run's folder.
+        eval_extractor: a vision model of transformers, a folder or on the Hub.
+        eval_steps: optimizer steps between evaluations.
+        eval_num_samples: images per evaluation, at least `SMALLEST`.
+        num_inference_steps: sampling steps.
+        batch_size: images sampled at a time.
+        seed: of the samples: image k depends on it and k alone.
+        data_name: the data, as a person would recognise them.
+        first_step: the step that the run goes on from; evaluations after it are done again.
+        cache_dir: where models and features are kept.
 
     Raises:
-        ValueError: when made, before the training: there is no such extractor, or it does not take the images.
+        ValueError: there is no such extractor, or it does not take the images.
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
         accelerator: Accelerator,
         images: ImageColumn,
-        data: str,
-        seed_of: Callable[[int], int],
-        first_step: int,
+        output_dir: Path,
+        *,
+        eval_extractor: str,
+        eval_steps: int,
+        eval_num_samples: int = 1000,
+        num_inference_steps: int = 35,
+        batch_size: int = 64,
+        seed: int = 0,
+        data_name: str,
+        first_step: int = 0,
+        cache_dir: str | None = None,
     ) -> None:
-        self.args, self.accelerator, self.seed_of = args, accelerator, seed_of
-        self.reference, self.output_dir = f"{data}, training split", Path(args.output_dir)
+        self.accelerator, self.output_dir, self.seed = accelerator, output_dir, seed
+        self.eval_steps, self.num_samples = eval_steps, eval_num_samples
+        self.num_inference_steps, self.batch_size = num_inference_steps, batch_size
+        self.reference = f"{data_name}, training split"
         try:
             with accelerator.main_process_first():
-                self.extractor = transformers_features(
-                    args.eval_extractor, device=accelerator.device, cache_dir=args.cache_dir
-                )
+                self.extractor = transformers_features(eval_extractor, device=accelerator.device, cache_dir=cache_dir)
             self.extractor(images.__getitems__([0])["images"])
         # Whatever the Hub, a file or a model's own code says.
         except Exception as error:
-            raise ValueError(f"--eval_extractor {args.eval_extractor}: {error}") from error
-        self.data = data_features(images, self.extractor, args.cache_dir, not accelerator.is_main_process)
+            raise ValueError(f"eval_extractor={eval_extractor!r}: {error}") from error
+        self.data = data_features(images, self.extractor, cache_dir, not accelerator.is_main_process)
         self.statistics = FeatureStatistics.of(self.data)
+        self.labels: list[int] | None = None
         if images.labels is not None:
             # The classes of the data, in the data's proportions.
-            drawn = torch.randint(
-                len(images), (args.eval_num_samples,), generator=torch.Generator().manual_seed(seed_of(-1))
-            )
-            self.labels: list[int] | None = images.labels[drawn].tolist()
-        else:
-            self.labels = None
-        # What was evaluated after the step that the run goes on from comes again.
-        path = self.output_dir / RECORDS
+            generator = torch.Generator().manual_seed(seed_for(seed, -1))
+            self.labels = images.labels[torch.randint(len(images), (self.num_samples,), generator=generator)].tolist()
+        path = output_dir / RECORDS
         before = json.loads(path.read_text()) if first_step and path.is_file() else []
         # The main process's: another machine may not see its folder, and all must agree on what is due.
         self.records: list[dict[str, Any]] = broadcast_object_list(
@@ -150,21 +143,20 @@ class Evaluation:
 
     def due(self, step: int, max_steps: int) -> bool:
         """Whether there is to be an evaluation after this step, and has been none."""
-        wanted = step > 0 and (step % self.args.eval_steps == 0 or step >= max_steps)
+        wanted = step > 0 and (step % self.eval_steps == 0 or step >= max_steps)
         return wanted and all(record["step"] != step for record in self.records)
 
     def __call__(self, pipeline: DiffusionPipeline, step: int) -> None:
-        """Evaluate, record and log."""
-        args, state = self.args, self.accelerator
-        mine = list(range(args.eval_num_samples))[state.process_index :: state.num_processes]
-        labels = self.labels
+        """Evaluate, record and log. Collective."""
+        state = self.accelerator
+        mine = list(range(self.num_samples))[state.process_index :: state.num_processes]
         images = sample_images(
             pipeline.to(state.device),
             mine,
-            seed_of=self.seed_of,
-            label_of=None if labels is None else labels.__getitem__,
-            batch_size=args.train_batch_size,
-            num_inference_steps=args.num_inference_steps,
+            seed_of=partial(seed_for, self.seed),
+            label_of=None if self.labels is None else self.labels.__getitem__,
+            batch_size=self.batch_size,
+            num_inference_steps=self.num_inference_steps,
         )
         samples = gathered(self.extractor(as_pixels(images)) if mine else torch.empty(0, self.data.shape[1]))
         self.records.append({"step": step})
@@ -177,8 +169,8 @@ class Evaluation:
             extractor=self.extractor.name,
             reference=self.reference,
             sampler=f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}",
-            evaluations=args.num_inference_steps,
-            seeds=f"0 to {args.eval_num_samples - 1} of seed {args.seed}",
+            evaluations=self.num_inference_steps,
+            seeds=f"0 to {self.num_samples - 1} of seed {self.seed}",
         )
         report = {
             "frechet_distance": quality.frechet_distance,
@@ -187,11 +179,11 @@ class Evaluation:
             "recall": quality.recall,
         }
         self.records[-1] |= report | {"measured": quality.stamp, "limits": quality.limits}
-        with said_where_it_fails("the evaluation", self.output_dir):
+        with explained_write_errors("the evaluation", self.output_dir):
             # In this order: what is on record is done with, and a run that dies before comes back to it.
             if self._is_best(quality):
                 self._keep(pipeline)
-            self._write(self.output_dir / RECORDS, self.records)
+            write_json(self.output_dir / RECORDS, self.records)
         logger.info("Step %d: Fréchet distance %.4g (%s).", step, quality.frechet_distance, quality.stamp)
         with tracker_may_fail():
             state.log({f"eval/{name}": value for name, value in report.items()}, step=step)
@@ -221,14 +213,13 @@ class Evaluation:
         card = model_card(
             pipeline,
             repository=str(folder),
-            num_inference_steps=self.args.num_inference_steps,
+            num_inference_steps=self.num_inference_steps,
             metrics=self.metrics(self.records[-1]["step"]),
         )
         card.save(folder / "README.md")
-        self._write(folder / "evaluation.json", self.records[-1])
+        write_json(folder / "evaluation.json", self.records[-1])
 
-    @staticmethod
-    def _write(path: Path, content: Any) -> None:
-        aside = path.with_name(f".writing-{path.name}")
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False))
-        os.replace(aside, path)
+
+def write_json(path: Path, content: Any) -> None:
+    with replacing(path) as file:
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""Images for the training script: found, checked, decoded, and read by lists of indices."""
+"""Images of a data set: checked, decoded, and read by lists of indices."""
 
 from __future__ import annotations
 
@@ -7,110 +7,20 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from huggingface_hub import HfApi
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-
-def load_digits_dataset() -> datasets.Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8x8, padded with background to 12x12 grey images."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    images = [Image.fromarray(np.pad(image, 2)) for image in pixels]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-    )
-    return datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features=features)
-
-
-def load_split(
-    name: str | None,
-    config_name: str | None = None,
-    data_dir: str | None = None,
-    cache_dir: str | None = None,
-    streaming: bool = False,
-    split: str = "train",
-) -> datasets.Dataset | datasets.IterableDataset:
-    """A split of a Hub data set, a local folder, a parquet file, or a folder of images; with `streaming` as an
-    `IterableDataset`. Data without splits are "train".
-
-    Raises:
-        ValueError: there is no such split, or no such data set.
-    """
-    if name is None and data_dir is None and split == "train":
-        digits = load_digits_dataset()
-        return digits.to_iterable_dataset() if streaming else digits
-    if name is None and data_dir is None:
-        raise ValueError(f"scikit-learn's digits have no {split!r} split: use train.")
-    how = {"cache_dir": cache_dir, "streaming": streaming}
-    try:
-        if name is None:
-            loaded = datasets.load_dataset("imagefolder", data_dir=data_dir, **how)
-        elif Path(name).is_file():
-            loaded = datasets.load_dataset(Path(name).suffix.lstrip("."), data_files=name, **how)
-        elif (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
-            loaded = datasets.load_from_disk(name)
-            if streaming:
-                splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-                loaded = {split: part.to_iterable_dataset() for split, part in splits.items()}
-        else:
-            loaded = datasets.load_dataset(with_owner(name), config_name, **how)
-    # Anything may go wrong with files and servers; what goes wrong has to name the data set.
-    except Exception as error:
-        where = f"--train_data_dir {data_dir}" if name is None else f"--dataset_name {name}"
-        raise ValueError(f"{where} cannot be read: {error}") from error
-    if isinstance(loaded, datasets.Dataset):
-        loaded = {"train": loaded}
-    if split not in loaded:
-        raise ValueError(f"the data set has no {split!r} split; it has {sorted(loaded)}. Rename one, or pass a folder.")
-    return loaded[split]
-
-
-def with_owner(name: str) -> str:
-    """A data set's name as Datasets can read it: the Hub still knows "cifar10", Datasets wants "uoft-cs/cifar10".
-
-    Raises:
-        ValueError: the Hub does not know the short name, or cannot be asked.
-    """
-    if "/" in name or Path(name).exists():
-        return name
-    try:
-        return HfApi().dataset_info(name).id
-    # The client's versions differ in their HTTP library and its errors.
-    except Exception as error:
-        raise ValueError(
-            f"there is no such file or folder, and no data set of this old name on the Hub: {error} Pass a path, or the "
-            f"owner too: owner/{name}."
-        ) from error
-
-
-def find_column(
-    dataset: datasets.Dataset | datasets.IterableDataset, kind: type, requested: str | None, flag: str
-) -> str | None:
-    """The column that holds `kind` (datasets.Image or datasets.ClassLabel): the one requested, or the only one.
-
-    Returns None where there is no candidate.
-
-    Raises:
-        ValueError: the requested column is missing, or there are several candidates.
-    """
-    if requested is not None:
-        if requested not in dataset.column_names:
-            raise ValueError(f"{flag} {requested}: the data set has the columns {dataset.column_names}.")
-        return requested
-    candidates = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
-    if len(candidates) > 1:
-        raise ValueError(f"the columns {candidates} all qualify; choose one with {flag}.")
-    return candidates[0] if candidates else None
+from ..reference_bank import Augmentation, ReferenceBank
+from .data_set import find_image_column, find_label_column, read_labels
+from .sources import IndexedImages
 
 
 @dataclass(frozen=True)
@@ -144,16 +54,16 @@ class ImageReader:
             if transparent or image.mode not in ("1", "L", "P", "RGB"):
                 what = "transparency" if transparent else f"mode {image.mode}"
                 raise ValueError(
-                    f"has {what}. Pass --image_mode RGBA to keep transparency, or RGB (L) to convert without it."
+                    f"has {what}. Pass image_mode='RGBA' to keep transparency, or image_mode='RGB' ('L') to convert without it."
                 )
             if self.mode == "L" and image.mode not in ("1", "L"):
                 raise ValueError(
-                    f"has mode {image.mode} where others are grey. Pass --image_mode RGB or --image_mode L."
+                    f"has mode {image.mode} where others are grey. Pass image_mode='RGB' or image_mode='L'."
                 )
         width, height = image.size
         if not self.resize and (width, height) != (self.resolution, self.resolution):
             raise ValueError(
-                f"is {width}x{height} where others are {self.resolution}x{self.resolution}: pass --resolution."
+                f"is {width}x{height} where others are {self.resolution}x{self.resolution}: pass resolution=."
             )
         image = image.convert(self.mode)
         scale = self.resolution / min(width, height)
@@ -189,9 +99,9 @@ def make_reader(
     else:
         first = decode(dataset, column, [0])[0]
     if not isinstance(first, Image.Image):
-        raise ValueError(f"column {column!r} holds {type(first).__name__}, not images. Choose one with --image_column.")
+        raise ValueError(f"column {column!r} holds {type(first).__name__}, not images. Choose one with image_column=.")
     if resolution is None and first.width != first.height:
-        raise ValueError(f"the images are not square ({first.width}x{first.height}): pass --resolution.")
+        raise ValueError(f"the images are not square ({first.width}x{first.height}): pass resolution=.")
     found = "L" if first.mode in ("1", "L", "LA") else "RGB"
     return ImageReader(
         mode or found, resolution or first.width, center_crop, resize=resolution is not None, convert=mode is not None
@@ -214,11 +124,21 @@ def decode(dataset: datasets.Dataset, column: str, rows: list[int]) -> list[Imag
         raise ValueError(f"image {rows[0]} cannot be decoded: {error}. Repair it or leave it out.") from error
 
 
-class ImageColumn(torch.utils.data.Dataset):
-    """Images and labels by lists of indices, as a dictionary of columns: what `ReferenceBatchCollator` reads.
+class ImageColumn(IndexedImages):
+    """Images and labels of a data set by lists of indices, as a dictionary of columns.
 
     With `images` decoded beforehand (`decode_all`) reading is one gather; otherwise images are decoded as they are
     read, in the DataLoader's workers where there are any. Random crops are a function of `seed` and the list.
+
+    Args:
+        dataset: the data set.
+        column: its column of images.
+        reader: how they are read.
+        labels: N classes, or None.
+        images: (N, C, R, R) uint8, all images as the reader gives them, or None.
+        seed: of random crops.
+        label_column: the column that `labels` are from.
+        num_classes: number of classes, where there are labels.
     """
 
     def __init__(
@@ -230,18 +150,26 @@ class ImageColumn(torch.utils.data.Dataset):
         images: Tensor | None = None,
         seed: int = 0,
         label_column: str | None = None,
+        num_classes: int | None = None,
     ) -> None:
         self.dataset, self.column, self.reader, self.images, self.seed = dataset, column, reader, images, seed
-        self.label_column = label_column
+        self.label_column, self.num_classes = label_column, num_classes
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __str__(self) -> str:
+        where = "kept in memory" if self.images is not None else "made as they are read"
+        return f"{len(self)} images of {self.shape}, {where}"
+
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, R, R) of each image."""
         return self.reader.channels, self.reader.resolution, self.reader.resolution
+
+    @property
+    def in_memory(self) -> Tensor | None:
+        return self.images
 
     @cached_property
     def crops_at_random(self) -> bool:
@@ -250,9 +178,14 @@ class ImageColumn(torch.utils.data.Dataset):
             return False
         return any(image.width != image.height for image in self.dataset[self.column])
 
+    @cached_property
+    def standard_deviation(self) -> float:
+        """Standard deviation over all pixels in [-1, 1] of at most 10,000 evenly spaced images."""
+        return measure_standard_deviation(self)
+
     def digest(self, at_most: int = 256) -> str:
-        """What tells this data set from another: a digest of all decoded images and labels, or, where they are decoded as
-        they are read, of `at_most` evenly spaced ones.
+        """A digest of all decoded images and labels or, where they are decoded as they are read, of `at_most` evenly
+        spaced ones.
         """
         content = hashlib.sha256(f"{len(self)} {tuple(self.shape)}".encode())
         if self.images is not None:
@@ -263,6 +196,28 @@ class ImageColumn(torch.utils.data.Dataset):
         if self.labels is not None:
             content.update(self.labels.numpy().data)
         return content.hexdigest()[:16]
+
+    def manifest(self) -> dict[str, Any]:
+        return {"num_images": len(self), "data_digest": self.digest(), "image_shape": list(self.shape)}
+
+    def bank_in_file(
+        self, path: Path, augmentation: Augmentation, process_shard: tuple[int, int] | None, quiet: bool
+    ) -> ReferenceBank:
+        if self.crops_at_random:
+            raise ValueError(
+                "reference='bank': the images are not square and cropped at random, so that no set contains the sources. "
+                "Pass center_crop=, or reference='batch'."
+            )
+        return ReferenceBank.from_dataset(
+            self.dataset,
+            self.column,
+            self.label_column,
+            partial(self.reader, draw=random.Random(0)),
+            path=path,
+            augmentation=augmentation,
+            process_shard=process_shard,
+            quiet=quiet,
+        )
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         index = torch.tensor(indices)
@@ -280,6 +235,46 @@ class ImageColumn(torch.utils.data.Dataset):
         if self.labels is not None:
             columns["label"] = self.labels[index]
         return columns
+
+
+def open_images(
+    dataset: datasets.Dataset,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_conditional: bool = False,
+    image_mode: str | None = None,
+    resolution: int | None = None,
+    center_crop: bool = False,
+    image_memory_gb: float = 4.0,
+    seed: int = 0,
+    quiet: bool = False,
+) -> ImageColumn:
+    """The images of a data set, checked, and decoded where they fit into memory.
+
+    Args:
+        dataset: the data set.
+        image_column, label_column: its columns; found where there is only one of the kind.
+        class_conditional: whether labels are read.
+        image_mode, resolution, center_crop: as for `make_reader`.
+        image_memory_gb: GiB up to which decoded images are kept, as uint8.
+        seed: of random crops.
+        quiet: no progress bar.
+
+    Raises:
+        ValueError: there are no images, or no labels where they are needed; or they cannot be read.
+    """
+    if len(dataset) == 0:
+        raise ValueError("the data set is empty.")
+    column = find_image_column(dataset, image_column)
+    if class_conditional or label_column:
+        label_column = find_label_column(dataset, label_column)
+    if not class_conditional:
+        label_column = None
+    reader = make_reader(dataset, column, image_mode, resolution, center_crop)
+    labels, num_classes = (None, None) if label_column is None else read_labels(dataset, label_column)
+    decoded = decode_all(dataset, column, reader, image_memory_gb * 2**30, quiet)
+    return ImageColumn(dataset, column, reader, labels, decoded, seed, label_column, num_classes)
 
 
 def decode_all(

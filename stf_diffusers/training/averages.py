@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,12 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stf_diffusers.export import Network
+from ..export import Network
+from ..files import replacing
+from .run_folder import SNAPSHOTS
 
 # Widths of the two averages that are kept, as in the paper.
 SIGMA_RELS = (0.05, 0.10)
 FILE = "post_hoc_ema.safetensors"
-SNAPSHOTS = "post_hoc_ema"
 
 
 class PostHocAverages:
@@ -34,7 +35,7 @@ class PostHocAverages:
             from ema_pytorch.post_hoc_ema import KarrasEMA
         except ImportError as error:
             raise ValueError(
-                '--post_hoc_ema needs the package ema-pytorch: pip install -e ".[post-hoc-ema]".'
+                "averages of any width need the package ema-pytorch: pip install 'stf-diffusers[post-hoc-ema]'."
             ) from error
         self._averages = [
             KarrasEMA(
@@ -59,12 +60,8 @@ class PostHocAverages:
             for name, value in average.state_dict().items()
         }
         save_file(state, checkpoint / FILE, metadata={"step": str(step)})
-        (output_dir / SNAPSHOTS).mkdir(exist_ok=True)
-        aside = output_dir / f".writing-{SNAPSHOTS}"
-        shutil.copyfile(checkpoint / FILE, aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, output_dir / SNAPSHOTS / f"step-{step:07d}.safetensors")
+        with replacing(output_dir / SNAPSHOTS / f"step-{step:07d}.safetensors") as snapshot:
+            shutil.copyfile(checkpoint / FILE, snapshot)
 
     def load(self, checkpoint: Path) -> None:
         """What `save` wrote.
@@ -78,7 +75,12 @@ class PostHocAverages:
             average.load_state_dict(own)
 
 
-def reconstruct(snapshots: list[Path], sigma_rel: float) -> dict[str, Tensor]:
+def snapshots_of(output_dir: Path) -> list[Path]:
+    """The snapshots that a run has left, oldest first."""
+    return sorted((output_dir / SNAPSHOTS).glob("step-*.safetensors"))
+
+
+def reconstruct(snapshots: Sequence[Path], sigma_rel: float) -> dict[str, Tensor]:
     """The weights averaged with width `sigma_rel` up to the last of the snapshots, in float32 (Algorithm 3).
 
     A least-squares combination of all snapshots; the more there are and the closer the width to those kept, the closer
@@ -90,7 +92,7 @@ def reconstruct(snapshots: list[Path], sigma_rel: float) -> dict[str, Tensor]:
     from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma, solve_weights
 
     if not snapshots:
-        raise ValueError("there are no snapshots. Train with --post_hoc_ema.")
+        raise ValueError("there are no snapshots. Train with post_hoc_ema=True.")
     if not 0 < sigma_rel < 12**-0.5:
         raise ValueError(f"sigma_rel must lie above 0 and below 0.288; got {sigma_rel}. The paper uses 0.01 to 0.25.")
     times, gammas, places = [], [], []

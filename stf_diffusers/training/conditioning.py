@@ -1,4 +1,4 @@
-"""What the network is told of an image beside its noise: class, dropped class, orientation."""
+"""Conditioning of a network beside the noise level: class, dropped class, orientation."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from stf_diffusers import PerturbedBatch
-from stf_diffusers.export import DIT_NULL_LABEL
+from ..export import DIT_NULL_LABEL
+from ..objective import PerturbedBatch
 
 ORIENTATIONS = 8
 
@@ -21,7 +21,7 @@ class Conditioning:
     transformer always 1000): the labels below base mean upright images, in plain Diffusers too.
 
     Args:
-        num_classes: of the data; None for an unconditional network.
+        num_classes: number of classes of the data; None for an unconditional network.
         class_dropout: probability of the null class.
         reorient: probability of one of the eight orientations (quarter turns, mirrored or not) at random.
         transformer: whether the network is a `DiTTransformer2DModel`, which always takes a label.
@@ -37,7 +37,7 @@ class Conditioning:
 
     def __post_init__(self) -> None:
         if self.transformer and self.reorient:
-            raise ValueError("--reorient needs a UNet2DModel: a DiTTransformer2DModel has no labels left.")
+            raise ValueError("reorient= needs a UNet2DModel: a DiTTransformer2DModel has no labels left.")
         if self.transformer and (self.num_classes or 0) > DIT_NULL_LABEL:
             raise ValueError(f"a DiTTransformer2DModel has {DIT_NULL_LABEL} classes; the data have {self.num_classes}.")
 

@@ -15,10 +15,10 @@ from accelerate.logging import get_logger
 from PIL import Image
 from torch import Tensor
 
-from stf_diffusers import PerturbedBatch
-from stf_diffusers.posterior import pixels_to_float
+from ..objective import PerturbedBatch
+from ..posterior import pixels_to_float
 
-logger = get_logger("train_unconditional_stf")
+logger = get_logger(__name__)
 
 # Decades of the noise-to-signal ratio sigma / alpha, for images in [-1, 1].
 _EDGES = (0.0, 0.1, 1.0, 10.0, float("inf"))
@@ -123,7 +123,7 @@ class TrainingLog:
                 )
                 raise FloatingPointError(
                     f"the loss is {loss.item()} at step {step}. Nothing was saved after it; the last checkpoint is good. "
-                    "Lower --learning_rate, or use bf16 instead of fp16. The images of the micro-batch and their noise "
+                    "Lower learning_rate=, or use bf16 instead of fp16. The images of the micro-batch and their noise "
                     f"levels: {rows}."
                 )
         raise FloatingPointError("the loss of another process is not finite; see its message.")

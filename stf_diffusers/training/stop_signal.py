@@ -15,7 +15,7 @@ REQUEUE_EXIT_CODE = 75
 
 class StopSignal:
     """SIGTERM and SIGUSR1 within a `with` block: SystemExit with `REQUEUE_EXIT_CODE` at once, or once `defer` was called,
-    an answer of `agreed`.
+    an answer of `agreed`. Leaving the block by an error lets communication settle.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,9 @@ class StopSignal:
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        if kind is not None:
+            settle_communication()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -1,0 +1,86 @@
+"""The file of a reference bank: images sorted by class, their norms, and where there are classes labels and order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .dataset_images import DatasetImages
+from .posterior import ReferenceRows, reference_norms
+from .stored_rows import RowReader, RowWriter
+
+
+def write_bank(
+    path: Path,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    chunks: Iterable[Tensor],
+    labels: Tensor | None,
+    order: Tensor | None,
+    fingerprint: str,
+) -> None:
+    """Write a file that `ReferenceBank.open` reads, of images (N, ...) in chunks, complete or not at all.
+
+    Args:
+        path: of the file.
+        shape, dtype: of all images together.
+        chunks: the images, sorted by class where there are labels.
+        labels: (N,) int64 in the same order.
+        order: (N,) int64, the position of each image in the data. None: as they come.
+        fingerprint: of the data and their preprocessing.
+    """
+    columns = {name: tensor for name, tensor in (("labels", labels), ("order", order)) if tensor is not None}
+    layout = {"images": (dtype, shape), "norms": (torch.float64, shape[:1])}
+    layout |= {name: (tensor.dtype, tensor.shape) for name, tensor in columns.items()}
+    metadata = {"fingerprint": fingerprint}
+    with RowWriter(path, layout, metadata_bytes=len(json.dumps(metadata))) as file:
+        for chunk in chunks:
+            file.write("images", chunk)
+            file.write("norms", reference_norms(chunk))
+        for name, tensor in columns.items():
+            file.write(name, tensor)
+        file.finish(metadata)
+
+
+def read_bank(path: Path, fingerprint: str | None = None) -> RowReader:
+    """The tensors of a file that `write_bank` wrote, with this fingerprint where one is given.
+
+    Raises:
+        ValueError: the file is damaged, is not a bank, or has another fingerprint.
+        OSError: it cannot be read.
+    """
+    stored = RowReader(path)
+    missing = {"images", "norms"} - set(stored.names)
+    if missing:
+        raise ValueError(f"{path} is not a reference bank: it lacks {sorted(missing)}.")
+    found = stored.metadata.get("fingerprint")
+    if fingerprint is not None and found != fingerprint:
+        raise ValueError(
+            f"{path} was made of another data set or with other preprocessing (fingerprint {found!r}, expected "
+            f"{fingerprint!r}). Delete it, or choose another path."
+        )
+    return stored
+
+
+def compare_bank(path: Path, images: DatasetImages) -> None:
+    """Raise ValueError unless a bank's file holds those images, as far as 16 of them tell.
+
+    Fingerprints pass over what a transform imports: a few images are decoded and compared.
+    """
+    stored = read_bank(path).rows("images")
+    for row in torch.linspace(0, len(images) - 1, min(len(images), 16)).long().tolist():
+        if stored.shape != images.shape or not torch.equal(stored[row : row + 1][0], images[row].to(stored.dtype)):
+            raise ValueError(
+                f"{path} was made of another data set or with other preprocessing: image {images.position(row)} differs. "
+                "Delete it, or choose another path."
+            )
+
+
+def parts(images: ReferenceRows) -> Iterator[slice]:
+    """Slices of about 16 MiB in float32."""
+    rows = max(1, 2**22 // max(images.shape[1:].numel(), 1))
+    return (slice(start, start + rows) for start in range(0, images.shape[0], rows))

@@ -1,0 +1,197 @@
+"""Reference sets that are not one tensor, and those that the processes of a run share.
+
+The only collectives of the package are here: with the references spread over processes, the noisy images of all
+processes are gathered, each process computes the state of its own references for them, and the states are merged.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .posterior import PosteriorMean, PosteriorState, coefficient_rows, pixels_to_float, posterior_state
+
+
+class ReferenceSet(ABC):
+    """References that are not one tensor, as `STFTrainingObjective` takes them."""
+
+    @abstractmethod
+    def posterior_mean(
+        self,
+        noisy: Tensor,
+        alpha: Tensor | float,
+        sigma: Tensor | float,
+        *,
+        source_index: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> PosteriorMean:
+        """As the function of that name, over this set; rows with a label use references of their class, -1 all."""
+
+    @abstractmethod
+    def check_sources(self, clean: Tensor, source_index: Tensor | None, labels: Tensor | None) -> None:
+        """Raise ValueError unless `clean` (B, ...) are among the references that their rows use."""
+
+
+class SharedReferences(ReferenceSet):
+    """The reference batches of all processes as one: n is then the number of references of all processes together.
+
+    Every process of the default process group makes one at each step, of its part of one list without repeats
+    (`ReferenceBatchSampler(..., share_references=True)`), and computes its posterior means at the same time as the others.
+
+    Args:
+        images: (n', ...) this process's references, its sources first.
+        labels: (n',) integer classes.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
+        self.images = images
+        self.labels = None if labels is None else checked_labels(labels, len(images)).to(images.device)
+
+    @torch.no_grad()
+    def posterior_mean(
+        self,
+        noisy: Tensor,
+        alpha: Tensor | float,
+        sigma: Tensor | float,
+        *,
+        source_index: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> PosteriorMean:
+        """Posterior mean over the references of all processes. Collective. Arguments as for `ReferenceBank`."""
+
+        def state(noisy: Tensor, alpha: Tensor, sigma: Tensor, labels: Tensor | None) -> PosteriorState:
+            mask = None
+            if labels is not None and self.labels is not None:
+                mask = same_class(labels.to(self.labels.device), self.labels)
+            return posterior_state(noisy.flatten(1), self.images, alpha, sigma, mask=mask)
+
+        if (labels is None) != (self.labels is None):
+            raise ValueError("labels and SharedReferences(labels=...) go together: rows use references of their class.")
+        if labels is not None:
+            labels = checked_labels(labels, len(noisy), minimum=-1)
+        alpha, sigma = coefficient_rows(alpha, sigma, noisy)
+        return merged_over_processes(state, noisy, alpha, sigma, labels).result_like(noisy, self.images.dtype)
+
+    def check_sources(self, clean: Tensor, source_index: Tensor | None, labels: Tensor | None) -> None:
+        """Raise ValueError unless the first rows of the references are `clean`, under their labels."""
+        index = torch.arange(len(clean)) if source_index is None else source_index
+        sources = pixels_to_float(self.images[index.to(self.images.device)]).to(clean.device)
+        if not torch.allclose(sources, clean, rtol=1e-6, atol=1e-6):
+            raise ValueError("the first references of this process must be its images, in order.")
+        if labels is not None and self.labels is not None:
+            own = self.labels[index.to(self.labels.device)].to(labels.device)
+            if not bool(((labels == own) | (labels == -1)).all()):
+                raise ValueError("labels differ from those of the references; pass -1 where a condition is dropped.")
+
+
+# ---- processes
+
+
+def merged_over_processes(
+    state: Callable[[Tensor, Tensor, Tensor, Tensor | None], PosteriorState],
+    noisy: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    labels: Tensor | None,
+) -> PosteriorState:
+    """The state of this process's rows over the references of all processes.
+
+    Args:
+        state: this process's references' state for any rows (noisy, alpha, sigma, labels).
+        noisy: (B, ...); B may differ between processes.
+        alpha, sigma: (B,) float64.
+        labels: (B,) int64, on all processes or on none.
+    """
+    if not dist.is_initialized():
+        raise ValueError(
+            "references are spread over processes, and there is no process group. Start with `accelerate launch` (or "
+            "torchrun) and make an Accelerator first, or leave process_shard out."
+        )
+    rank, sizes = dist.get_rank(), _gather_sizes(len(noisy), noisy.device)
+    longest = max(sizes)
+
+    def everyones(rows: Tensor) -> Tensor:
+        padded = torch.cat([rows, rows.new_ones(longest - len(rows), *rows.shape[1:])]).contiguous()
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    everyones_labels = None if labels is None else everyones(labels.to(noisy.device)).cpu()
+    local = state(everyones(noisy), everyones(alpha), everyones(sigma), everyones_labels)
+    maximum = local.maximum.clone()
+    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    local = local.rescaled(maximum)
+    for field in (local.normalizer, local.squares, local.weighted_sum):
+        dist.all_reduce(field)
+    start = sum(sizes[:rank])
+    return local[start : start + len(noisy)]
+
+
+def _gather_sizes(size: int, device: torch.device) -> list[int]:
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([size], device=device))
+    return torch.cat(sizes).tolist()
+
+
+def shard_rows(total: int, process_shard: tuple[int, int] | None) -> range:
+    """The rows of one part of `total`; sizes differ by at most one."""
+    if total == 0:
+        raise ValueError("a bank needs at least one image.")
+    if process_shard is None:
+        return range(total)
+    index, count = process_shard
+    if not 0 <= index < count <= total:
+        raise ValueError(
+            f"process_shard must be (index, count) with 0 <= index < count <= {total}; got {process_shard}."
+        )
+    return range(index * total // count, (index + 1) * total // count)
+
+
+# ---- subsets and labels
+
+
+def draw_subset(sources: Tensor, total: int, size: int, generator: torch.Generator | None) -> Tensor:
+    """Positions (size,) of the sources (B,) and of size - B others, drawn uniformly from the rest of `total` images.
+
+    Raises:
+        ValueError: sources with repeats, or a size below their number or above `total`.
+    """
+    if len(sources.unique()) != len(sources):
+        raise ValueError("source_index has repeats: an image counted twice would bias the target.")
+    if not len(sources) <= size <= total:
+        raise ValueError(f"subset_size must lie in [{len(sources)}, {total}]; got {size}.")
+    rest = torch.ones(total, dtype=torch.bool).index_fill_(0, sources, False).nonzero().flatten()
+    others = rest[torch.randperm(len(rest), generator=generator)[: size - len(sources)]]
+    return torch.cat([sources, others])
+
+
+def same_class(labels: Tensor, reference_labels: Tensor) -> Tensor:
+    """(B, n) bool: which references a row of each label uses, those of its class, and of label -1 all."""
+    return (labels[:, None] == reference_labels[None]) | (labels == -1)[:, None]
+
+
+def rows_of_classes(labels: Tensor, part: range) -> dict[int, range]:
+    """The rows of each class within `part` of (N,) sorted labels, counted from its start."""
+    classes, counts = labels.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0)
+    found = {}
+    for label, *bounds in zip(classes.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True):
+        start, end = (min(max(bound, part.start), part.stop) - part.start for bound in bounds)
+        found[label] = range(start, end)
+    return found
+
+
+def checked_labels(labels: Tensor, length: int, minimum: int = 0) -> Tensor:
+    """Labels as int64 on the CPU."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers; got {labels.dtype}.")
+    if labels.shape != (length,):
+        raise ValueError(f"labels must have shape ({length},), one for each image; got {tuple(labels.shape)}.")
+    labels = labels.to("cpu", torch.int64)
+    if bool((labels < minimum).any()):
+        raise ValueError(f"labels must be at least {minimum}; got {labels.min().item()}.")
+    return labels

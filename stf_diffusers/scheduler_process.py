@@ -1,0 +1,167 @@
+"""The forward process of a Diffusers scheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .noise import NoiseProcess
+from .prediction import edm_preconditioning, prediction_coefficients, raw_output_coefficients, vp_preconditioning
+
+
+class SchedulerProcess(NoiseProcess):
+    """The forward process of a Diffusers scheduler, at its training timesteps, in the scheduler's own arithmetic.
+
+    Three families are told apart by how the scheduler adds noise: by `alphas_cumprod` (DDPM, DDIM, DPM-Solver, ...),
+    by `sigmas` alone (Euler, LMS, Heun, EDM), or by interpolation (flow matching). What the network sees and returns
+    is what Diffusers' training scripts use with it.
+
+    The multistep solvers of the first family (DPM-Solver, DEIS, UniPC) read their noise table backwards in `add_noise`
+    until `set_timesteps` is called (`add_noise_is_backward`). Here they have the process that they sample.
+
+    Args:
+        scheduler: an instance of a Diffusers scheduler. It is read, not changed; timesteps set for sampling on it do
+            not matter.
+
+    Raises:
+        TypeError: the scheduler belongs to none of the families.
+        ValueError: its `prediction_type` is unknown, or its tables do not describe growing noise.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        config = getattr(scheduler, "config", None)
+        if config is None or not hasattr(scheduler, "timesteps"):
+            raise TypeError(f"SchedulerProcess needs a Diffusers scheduler; got {type(scheduler).__name__}.")
+        # A fresh copy: set_timesteps() replaces the training tables by those of a sampling run.
+        fresh = type(scheduler).from_config(config)
+        self.scheduler_name = type(scheduler).__name__
+        self.prediction_type = config.get("prediction_type", "epsilon")
+        self.sigma_data: float = config.get("sigma_data", 0.5)
+        self.add_noise_is_backward = False
+        if config.get("use_flow_sigmas"):
+            raise TypeError(
+                f"{self.scheduler_name} with use_flow_sigmas samples flow-matching models; it has no table to train on. "
+                "Use FlowMatchEulerDiscreteScheduler, or stf_diffusers.FlowMatching."
+            )
+        if hasattr(fresh, "alphas_cumprod") and fresh.init_noise_sigma == 1:
+            self.family = "vp"
+            cumulative = torch.as_tensor(scheduler.alphas_cumprod).to("cpu", torch.float32)
+            # The scheduler's own expressions, so that alpha and sigma agree with its add_noise to the last bit.
+            alphas, sigmas = cumulative**0.5, (1 - cumulative) ** 0.5
+            timesteps = torch.arange(len(cumulative))
+            if hasattr(fresh, "index_for_timestep"):
+                own = fresh.add_noise(torch.zeros(1), torch.ones(1), timesteps[-1:])
+                self.add_noise_is_backward = not torch.allclose(own, sigmas[-1:])
+        elif getattr(fresh, "timesteps", None) is not None and getattr(fresh, "sigmas", None) is not None:
+            timesteps = torch.as_tensor(fresh.timesteps)
+            sigmas = torch.as_tensor(fresh.sigmas)[: len(timesteps)].to(torch.float32)
+            alphas = torch.ones_like(sigmas)
+            if hasattr(fresh, "scale_noise"):
+                self.family, self.prediction_type, alphas = "flow", "flow_prediction", 1.0 - sigmas
+            elif hasattr(fresh, "precondition_outputs"):
+                self.family = "edm"
+            elif hasattr(fresh, "alphas_cumprod"):
+                self.family = "sigma"
+            else:
+                self.family = ""
+        else:
+            self.family = ""
+        if not self.family:
+            raise TypeError(
+                f"{self.scheduler_name} has no forward process that SchedulerProcess knows. Use the scheduler that the "
+                "training script calls add_noise on, for instance DDPMScheduler.from_config(scheduler.config)."
+            )
+        if self.family in ("vp", "sigma"):
+            prediction_coefficients(self.prediction_type, alphas, sigmas)  # an unknown type is an error here
+        elif self.family == "edm" and self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(
+                f"{self.scheduler_name} preconditions 'epsilon' or 'v_prediction'; got {self.prediction_type!r}."
+            )
+        order = timesteps.argsort(stable=True)
+        timesteps, alphas, sigmas = timesteps[order], alphas[order], sigmas[order]
+        keep = torch.ones_like(timesteps, dtype=torch.bool)
+        keep[1:] = timesteps[1:] != timesteps[:-1]
+        self._timesteps, self._alphas, self._sigmas = timesteps[keep], alphas[keep], sigmas[keep]
+        ratio = self._sigmas.double() / self._alphas.double()
+        # The last entry may fall back: EulerDiscreteScheduler caps the infinite noise of a zero terminal SNR.
+        if not bool((ratio[1:-1] > ratio[:-2]).all()):
+            raise ValueError(
+                f"the noise of this {self.scheduler_name} does not grow with its timesteps, so it cannot be trained on. "
+                "Use its training counterpart, for instance DDPMScheduler.from_config(scheduler.config)."
+            )
+        self._tables: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def __repr__(self) -> str:
+        return f"SchedulerProcess({self.scheduler_name}, prediction_type={self.prediction_type!r})"
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The training timesteps, ascending: integers for most schedulers, floating point for EDM and flow ones."""
+        return self._timesteps
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Timesteps, alphas and sigmas on `device`, copied there once: a copy would wait for the device at each step."""
+        if device not in self._tables:
+            self._tables[device] = tuple(table.to(device) for table in (self._timesteps, self._alphas, self._sigmas))
+        return self._tables[device]
+
+    def _lookup(self, which: int, t: Tensor) -> Tensor:
+        """Entries of a table at timesteps t; on the CPU a timestep that is not in the schedule raises ValueError."""
+        tables = self._on(t.device)
+        values, wanted = tables[0].to(torch.float64), t.to(torch.float64)
+        right = torch.searchsorted(values, wanted).clamp_(max=len(values) - 1)
+        left = (right - 1).clamp_(min=0)
+        index = torch.where((wanted - values[left]).abs() < (values[right] - wanted).abs(), left, right)
+        # Elsewhere than on the CPU the check would wait for the device.
+        if t.device.type == "cpu":
+            inside = (values[index] - wanted).abs() <= 1e-5 * wanted.abs() + 1e-6
+            if not bool(inside.all()):
+                raise ValueError(
+                    f"timesteps {t[~inside].tolist()[:4]} are not among the {len(values)} training timesteps of "
+                    f"{self.scheduler_name} ({values[0].item():g} to {values[-1].item():g}). Draw them with "
+                    "SchedulerProcess.sample_t, or from `scheduler.timesteps` before set_timesteps(), in float32."
+                )
+        return tables[which][index]
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._lookup(1, t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._lookup(2, t)
+
+    def sample_t(
+        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Training timesteps drawn uniformly, in the scheduler's dtype."""
+        source = generator.device if generator is not None else device
+        index = torch.randint(len(self._timesteps), (batch_size,), generator=generator, device=source)
+        return self._on(index.device)[0][index].to(device or source)
+
+    def time_of(self, ratio: Tensor) -> Tensor:
+        raise TypeError(
+            f"{self.scheduler_name} has noise levels at its training timesteps alone, and a solver needs those between. "
+            "Sample with a Diffusers scheduler, or describe the process as EDM, VE, VP or FlowMatching."
+        )
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        sigma = self.sigma(t)
+        if self.family == "edm":
+            return edm_preconditioning(sigma, self.sigma_data).c_in
+        return vp_preconditioning(sigma).c_in if self.family == "sigma" else torch.ones_like(sigma)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t
+
+    def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.alpha(t).to(torch.float64), self.sigma(t).to(torch.float64)
+        if self.family == "edm":
+            a, b = raw_output_coefficients(edm_preconditioning(sigma, self.sigma_data), sigma)
+            # Diffusers' EDM schedulers flip the sign of c_out for v_prediction.
+            return (-a, -b) if self.prediction_type == "v_prediction" else (a, b)
+        if self.family == "sigma" and self.prediction_type == "v_prediction":
+            # The velocity belongs to the unit-variance sample that the network sees, x_t / sqrt(1 + sigma^2).
+            scale = vp_preconditioning(sigma).c_in
+            alpha, sigma = scale * alpha, scale * sigma
+        return prediction_coefficients(self.prediction_type, alpha, sigma)

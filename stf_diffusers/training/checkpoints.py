@@ -1,0 +1,143 @@
+"""Checkpoints of a training: written aside, renamed when complete, compared with the run that resumes, rotated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..files import discard, settle
+from .averages import PostHocAverages
+from .run_folder import CHECKPOINT_PREFIX, MANIFEST, complete_checkpoints, explained_write_errors
+
+logger = get_logger(__name__)
+
+AVERAGE = "ema.safetensors"
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    network: nn.Module,
+    ema: EMAModel | None,
+    post_hoc: PostHocAverages | None,
+    manifest: dict[str, dict[str, Any]],
+    limit: int | None = None,
+) -> None:
+    """Save the state after `step` optimizer steps from all processes, then drop the oldest checkpoints beyond `limit`.
+
+    Args:
+        accelerator: has the model, optimizer and schedule prepared. Every process calls this.
+        output_dir: the run's folder.
+        step: number of optimizer steps done.
+        network: the network, whose parameters' names the average is saved under.
+        ema, post_hoc: averages of the weights, where there are any.
+        manifest: JSON values that a resumed run must share with this one ("run"), and that it should ("settings").
+        limit: number of checkpoints to keep. None: all.
+
+    Raises:
+        OSError: it cannot be written; says where, and how much room there is.
+    """
+    # One name on all processes.
+    staging, final = output_dir / f".saving-{CHECKPOINT_PREFIX}{step}", output_dir / f"{CHECKPOINT_PREFIX}{step}"
+    with explained_write_errors(f"the checkpoint of step {step}", output_dir):
+        if accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(staging))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if ema is not None:
+                scalars = ema.state_dict()
+                averages = scalars.pop("shadow_params")
+                named = {name: average for (name, _), average in zip(network.named_parameters(), averages, strict=True)}
+                save_file(named, staging / AVERAGE, metadata={"state": json.dumps(scalars)})
+            if post_hoc is not None:
+                post_hoc.save(staging, output_dir, step)
+            (staging / MANIFEST).write_text(json.dumps({"step": step, **manifest}, indent=2))
+            settle(staging, final)
+            if limit is not None:
+                for path in complete_checkpoints(output_dir)[:-limit]:
+                    if path != final:
+                        discard(path)
+    accelerator.wait_for_everyone()
+
+
+def check_finite(network: nn.Module, step: int) -> None:
+    """Raise FloatingPointError where a weight is not a number: before anything is saved."""
+    if not bool(torch.stack([parameter.isfinite().all() for parameter in network.parameters()]).all()):
+        raise FloatingPointError(
+            f"the weights are not finite after step {step}. They were not saved; the last checkpoint is good. Lower "
+            "learning_rate=, or use bf16 instead of fp16."
+        )
+
+
+def read_step(checkpoint: Path, manifest: dict[str, Any]) -> int:
+    """The step of a checkpoint. Warns where its run had other settings.
+
+    Raises:
+        ValueError: it belongs to a run that differs in what decides the data's order, the weights' shapes or the target.
+    """
+    try:
+        saved = json.loads((checkpoint / MANIFEST).read_text())
+        run, settings, step = saved["run"], saved["settings"], int(saved["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{checkpoint / MANIFEST} is damaged: {error!r}. Delete {checkpoint} to resume earlier."
+        ) from error
+    if different := differences(run, manifest["run"]):
+        raise ValueError(
+            f"{checkpoint} belongs to another run: {different}. Use the same values, or start anew in another output_dir=."
+        )
+    if different := differences(settings, manifest["settings"]):
+        logger.warning(
+            "Unlike before: %s. The run goes on, but does not end like one that was not interrupted.", different
+        )
+    return step
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """The values that are not what was saved, as a list for people; empty where there are none."""
+    keys = [*now, *(key for key in saved if key not in now)]
+    return "; ".join(
+        f"{key} ({saved.get(key)} there, {now.get(key)} now)" for key in keys if saved.get(key) != now.get(key)
+    )
+
+
+def load_checkpoint(
+    accelerator: Accelerator,
+    checkpoint: Path,
+    network: nn.Module,
+    ema: EMAModel | None,
+    post_hoc: PostHocAverages | None,
+) -> None:
+    """Load what `save_checkpoint` saved into the prepared objects and the averages. Torch files are read with weights_only.
+
+    Raises:
+        ValueError: something is missing, damaged, or does not fit.
+    """
+    try:
+        accelerator.load_state(str(checkpoint), load_kwargs={"weights_only": True})
+        if ema is not None:
+            with safe_open(checkpoint / AVERAGE, framework="pt") as file:
+                averages = [file.get_tensor(name) for name, _ in network.named_parameters()]
+                ema.load_state_dict({**json.loads(file.metadata()["state"]), "shadow_params": averages})
+            ema.to(accelerator.device)
+        if post_hoc is not None:
+            post_hoc.load(checkpoint)
+    except Exception as error:
+        raise ValueError(
+            f"{checkpoint} cannot be loaded: it is damaged, or of another network ({error}). Pass the run's own "
+            "model_config=, or delete it to resume from an earlier one."
+        ) from error

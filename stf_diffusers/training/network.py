@@ -1,0 +1,148 @@
+"""The network of a training: new from a preset or a config file, or pretrained; checked against the images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
+
+from ..export import DIT_NULL_LABEL, Network, read_metadata
+from .conditioning import Conditioning
+
+_KINDS: dict[str, type[Network]] = {"UNet2DModel": UNet2DModel, "DiTTransformer2DModel": DiTTransformer2DModel}
+
+# Configs of networks by name; the side of the images that they are made for is in the name.
+PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.json"))}
+
+
+def new_network(
+    shape: tuple[int, int, int],
+    *,
+    model_config: str | None = None,
+    num_classes: int | None = None,
+    class_dropout: float = 0.0,
+    reorient: float = 0.0,
+) -> tuple[Network, Conditioning]:
+    """A network with random weights.
+
+    Args:
+        shape: (C, R, R) of the images or latents.
+        model_config: a name in `PRESETS`, or a config file of a `UNet2DModel` or `DiTTransformer2DModel`; sizes, channels
+            and classes in it are replaced. None: the preset for images of this size.
+        num_classes, class_dropout, reorient: as for `Conditioning`.
+
+    Raises:
+        ValueError: no such config, or a network that does not fit.
+    """
+    channels, resolution, _ = shape
+    preset = "digits_12" if resolution <= 16 else "cifar10_32" if resolution <= 32 else "celeba_64"
+    path = PRESETS.get(model_config or preset) or Path(model_config or "")
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_config={str(path)!r} is neither a preset ({', '.join(PRESETS)}) nor a readable JSON file: {error}"
+        ) from error
+    name = config.get("_class_name", "UNet2DModel") if isinstance(config, dict) else None
+    if name not in _KINDS:
+        raise ValueError(
+            f"model_config={str(path)!r} must be the config of a {' or a '.join(_KINDS)}, as the presets are: "
+            f"{', '.join(PRESETS)}."
+        )
+    transformer = _KINDS[name] is DiTTransformer2DModel
+    conditioning = Conditioning(num_classes, class_dropout, reorient, transformer)
+    table = "num_embeds_ada_norm" if transformer else "num_class_embeds"
+    fitted = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
+    network = _KINDS[name].from_config({**config, **fitted, table: conditioning.embeddings})
+    fit_network(network, shape, conditioning)
+    return network, conditioning
+
+
+def pretrained_network(
+    pretrained_model_name_or_path: str,
+    shape: tuple[int, int, int],
+    *,
+    num_classes: int | None = None,
+    class_dropout: float = 0.0,
+    reorient: float = 0.0,
+    cache_dir: str | None = None,
+) -> tuple[Network, Conditioning]:
+    """The network of a saved pipeline. Only safetensors are read.
+
+    Args:
+        pretrained_model_name_or_path: a folder, or a repository on the Hub.
+        shape: (C, R, R) of the images or latents.
+        num_classes, class_dropout, reorient: as for `Conditioning`.
+        cache_dir: where downloads are kept.
+
+    Raises:
+        ValueError: it does not fit the images, its labels have other meanings, or its weights are not finite.
+        OSError: there is no such pipeline.
+    """
+    where: dict[str, Any] = {"cache_dir": cache_dir}
+    transformer = "transformer" in DiffusionPipeline.load_config(pretrained_model_name_or_path, **where)
+    kind: type[Network] = DiTTransformer2DModel if transformer else UNet2DModel
+    network = kind.from_pretrained(
+        pretrained_model_name_or_path, subfolder="transformer" if transformer else "unet", use_safetensors=True, **where
+    )
+    conditioning = Conditioning(num_classes, class_dropout, reorient, transformer)
+    saved = read_metadata(pretrained_model_name_or_path, cache_dir=cache_dir) or {}
+    now = {"num_classes": num_classes, "class_dropout": class_dropout, "reorient": reorient}
+    for name, value in now.items():
+        same = saved.get(name) == value if name == "num_classes" else bool(saved.get(name)) == bool(value)
+        if name in saved and not same:
+            raise ValueError(
+                f"{name}={value!r}: the pretrained network's labels have other meanings: {name} was {saved[name]} and is "
+                f"{value} now. Use the same."
+            )
+    if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
+        raise ValueError(f"{pretrained_model_name_or_path}: the weights are not finite. Choose another checkpoint.")
+    fit_network(network, shape, conditioning)
+    return network, conditioning
+
+
+def fit_network(network: Network, shape: tuple[int, int, int], conditioning: Conditioning) -> None:
+    """Check a network against images of `shape` (C, R, R) and their labels, and set its config to that size.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    channels, resolution, _ = shape
+    config = network.config
+    if (config["in_channels"], config["out_channels"]) != (channels, channels):
+        raise ValueError(
+            f"the pretrained network has {config['in_channels']} channels and the images have {channels}. "
+            "Choose with image_mode=."
+        )
+    if isinstance(network, DiTTransformer2DModel):
+        if resolution != config["sample_size"] or resolution % config["patch_size"]:
+            raise ValueError(
+                f"latents of {resolution}x{resolution} do not fit this DiTTransformer2DModel: sample_size "
+                f"{config['sample_size']}, patch_size {config['patch_size']}. See resolution=."
+            )
+        if config["num_embeds_ada_norm"] != DIT_NULL_LABEL:
+            raise ValueError(f"the network's num_embeds_ada_norm must be {DIT_NULL_LABEL}, as DiTPipeline assumes.")
+        for module in network.modules():
+            if isinstance(module, LabelEmbedding):
+                # It would drop classes by itself, unseen by the targets, in each block anew.
+                module.dropout_prob = 0.0
+        return
+    network.register_to_config(sample_size=resolution)
+    if config["num_class_embeds"] != conditioning.embeddings:
+        raise ValueError(
+            f"the pretrained network knows {config['num_class_embeds']} classes and this run has "
+            f"{conditioning.embeddings}. Pass or leave out class_conditional=, class_dropout= and reorient= accordingly."
+        )
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    if resolution % factor:
+        raise ValueError(
+            f"the side {resolution} of what the network sees must be a multiple of {factor}; see resolution=."
+        )
+    if config["time_embedding_type"] != "positional":
+        raise ValueError(
+            f"time_embedding_type {config['time_embedding_type']!r} takes the logarithm of timesteps that are negative "
+            "or 0 here; use 'positional'."
+        )

@@ -1,0 +1,147 @@
+"""Where the references of a training's targets come from: the batch, a bank of all images, a stream, all processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..reference_bank import Augmentation, ReferenceBank
+from ..reference_batch import ReferenceBatchSampler
+from ..reference_set import SharedReferences
+from .sources import TrainingImages
+
+
+@dataclass(frozen=True)
+class References:
+    """The references of a run.
+
+    Attributes:
+        kind: "none" (DSM), "batch", "bank" or "stream".
+        n: number of references behind each target.
+        sampler: lists the images of each micro-batch, sources first; None where they come with the batch.
+        bank: the bank, where there is one.
+        shared: whether they are spread over the processes.
+        place: where a bank is kept, for people.
+    """
+
+    kind: Literal["none", "batch", "bank", "stream"]
+    n: int
+    sampler: ReferenceBatchSampler | None
+    bank: ReferenceBank | None = None
+    shared: bool = False
+    place: str = ""
+
+    def of(self, batch: dict[str, Tensor], labels: Tensor | None = None) -> dict[str, Any]:
+        """The keyword arguments of `STFTrainingObjective.perturb` that say what the references of a collated batch are.
+
+        Args:
+            batch: "reference_images" (n, ...), flipped where images are, and with classes "reference_labels" (n,).
+            labels: (B,) classes of the sources, -1 where they are dropped.
+        """
+        if self.kind == "none":
+            return {"reference": None}
+        if self.bank is not None:
+            return {"reference": self.bank, "labels": labels}
+        images, reference_labels = batch["reference_images"], batch.get("reference_labels")
+        if self.shared:
+            return {"reference": SharedReferences(images, reference_labels), "labels": labels}
+        unconditional = None if labels is None or self.sampler is None else self.sampler.num_unconditional
+        return {
+            "reference": images,
+            "labels": labels,
+            "reference_labels": reference_labels,
+            "num_unconditional": unconditional,
+        }
+
+    def __str__(self) -> str:
+        if self.kind == "none":
+            return "no references"
+        where = {
+            "batch": "shared by all processes" if self.shared else "read with each batch",
+            "stream": "the buffer of the stream",
+            "bank": "a bank of all images" + (", a part on each process" if self.shared else ""),
+        }[self.kind]
+        size = f", {self.bank.nbytes / 2**20:.1f} MiB {self.place} for each process" if self.bank is not None else ""
+        return f"n = {self.n:,} references, {where}{size}"
+
+
+def choose_references(
+    images: TrainingImages,
+    batch_size: int,
+    *,
+    objective: Literal["stf", "dsm"] = "stf",
+    reference: Literal["batch", "bank"] | None = None,
+    reference_batch_size: int | None = None,
+    reference_memory_gb: float = 2.0,
+    reference_device: Literal["cuda", "cpu", "disk"] | None = None,
+    share_reference: bool = False,
+    augmentation: Augmentation = "none",
+    bank_file: Path | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    process_index: int = 0,
+    num_processes: int = 1,
+    quiet: bool = False,
+) -> References:
+    """The references that are asked for; by default a bank where it fits, else batches of up to 4,096.
+
+    Args:
+        images: the images.
+        batch_size: B, sources of each process.
+        objective: "dsm" has no references.
+        reference: "batch": read with each batch; "bank": all images. None: a bank where the images in memory fit into
+            `reference_memory_gb` and no `reference_batch_size` is given.
+        reference_batch_size: n of batches, of one process or, shared, of all. None: 4,096, or all images.
+        reference_memory_gb: GiB for a bank that was not asked for.
+        reference_device: where a bank is kept; "disk": in `bank_file`. None: on `device`.
+        share_reference: spread the references over the processes.
+        augmentation: under which a bank is closed.
+        bank_file: file of a bank on disk.
+        device: the device that trains.
+        seed: random seed for the order of sources and the draws of references.
+        process_index, num_processes: place of this process among those of the training.
+        quiet: no progress bar.
+
+    Raises:
+        ValueError: a bank of images that are cropped at random, or more references than there are images.
+    """
+    if images.num_images is None:
+        if objective == "dsm":
+            return References("none", 1, None)
+        return References("stream", images.num_references or 1, None)
+    total, shared = images.num_images, share_reference and num_processes > 1
+    parts = num_processes if shared else 1
+    if batch_size * num_processes > total:
+        raise ValueError(
+            f"batch_size={batch_size} on {num_processes} process(es) exceeds the {total} images there are. Lower it."
+        )
+    kind = "none"
+    if objective == "stf":
+        fits = images.in_memory is not None and images.in_memory.nbytes / parts <= reference_memory_gb * 2**30
+        kind = reference or ("batch" if reference_batch_size or not fits else "bank")
+    if kind == "batch":
+        n = reference_batch_size or max(batch_size * parts, min(4096, total))
+        labels = None if shared else images.labels
+        sampler = ReferenceBatchSampler(
+            total, batch_size, n, seed, num_processes, process_index, share_references=shared, labels=labels
+        )
+        return References("batch", n, sampler, shared=shared)
+    sampler = ReferenceBatchSampler(total, batch_size, batch_size, seed, num_processes, process_index)
+    if kind == "none":
+        return References("none", 1, sampler, shared=shared)
+    training_device = torch.device(device)
+    place = reference_device or training_device.type
+    bank = images.make_bank(
+        training_device if place == training_device.type else None if place == "disk" else place,
+        path=bank_file if place == "disk" else None,
+        augmentation=augmentation,
+        process_shard=(process_index, num_processes) if shared else None,
+        pin_memory=place == "cpu" and training_device.type == "cuda",
+        quiet=quiet,
+    )
+    where = {"disk": "in a file", "cpu": "in memory", "cuda": "of GPU memory"}[place]
+    return References("bank", bank.num_references, sampler, bank, shared, where)
