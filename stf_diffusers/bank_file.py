@@ -66,18 +66,38 @@ def read_bank(path: Path, fingerprint: str | None = None) -> RowReader:
     return stored
 
 
-def compare_bank(path: Path, images: DatasetImages) -> None:
-    """Raise ValueError unless a bank's file holds those images, as far as 16 of them tell.
+def compare_bank(path: Path, images: DatasetImages, fingerprint: str, quiet: bool) -> None:
+    """Raise ValueError unless a bank's file holds those images.
 
-    Fingerprints pass over what a transform imports: a few images are decoded and compared.
+    Fingerprints pass over what a transform imports, and differ where a transform has only moved to another module. So 16
+    images are decoded and compared where the file has this fingerprint, and everything where it has another.
     """
-    stored = read_bank(path).rows("images")
-    for row in torch.linspace(0, len(images) - 1, min(len(images), 16)).long().tolist():
-        if stored.shape != images.shape or not torch.equal(stored[row : row + 1][0], images[row].to(stored.dtype)):
-            raise ValueError(
-                f"{path} was made of another data set or with other preprocessing: image {images.position(row)} differs. "
-                "Delete it, or choose another path."
-            )
+    stored = read_bank(path)
+    rows = stored.rows("images")
+    other = f"{path} was made of another data set or with other preprocessing: {{}}. Delete it, or choose another path."
+    if rows.shape != images.shape or rows.dtype != images.dtype:
+        raise ValueError(
+            other.format(f"it holds {rows.dtype} {tuple(rows.shape)}, expected {images.dtype} {tuple(images.shape)}")
+        )
+    if stored.metadata.get("fingerprint") == fingerprint:
+        for row in torch.linspace(0, len(images) - 1, min(len(images), 16)).long().tolist():
+            if not torch.equal(rows[row : row + 1][0], images[row]):
+                raise ValueError(other.format(f"image {images.position(row)} differs"))
+        return
+    for name, column in (("labels", images.labels), ("order", images.order)):
+        held = stored.mapped(name) if name in stored.names else None
+        if held is None or column is None:
+            same_column = held is column
+        else:
+            same_column = torch.equal(held, column)
+        if not same_column:
+            raise ValueError(other.format(f"its {name} differ"))
+    start = 0
+    for chunk in images.chunks(quiet, "Comparing the reference bank"):
+        same = (rows[start : start + len(chunk)] == chunk).flatten(1).all(1)
+        if not bool(same.all()):
+            raise ValueError(other.format(f"image {images.position(start + int(same.int().argmin()))} differs"))
+        start += len(chunk)
 
 
 def parts(images: ReferenceRows) -> Iterator[slice]:

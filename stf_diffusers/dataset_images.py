@@ -71,15 +71,15 @@ class DatasetImages:
         """Where an image lies in the data set."""
         return row if self.order is None else int(self.order[row])
 
-    def chunks(self, quiet: bool) -> Iterator[Tensor]:
-        """All images in order, `_CHUNK` at a time, with a progress bar unless `quiet`.
+    def chunks(self, quiet: bool, purpose: str = "Building the reference bank") -> Iterator[Tensor]:
+        """All images in order, `_CHUNK` at a time, with a progress bar unless `quiet`, which says the `purpose`.
 
         Raises:
             ValueError: images of different shapes or dtypes.
         """
         from tqdm.auto import tqdm
 
-        with tqdm(total=len(self), desc="Building the reference bank", unit="image", disable=quiet) as progress:
+        with tqdm(total=len(self), desc=purpose, unit="image", disable=quiet) as progress:
             for start in range(0, len(self), _CHUNK):
                 positions = [self.position(row) for row in range(start, min(start + _CHUNK, len(self)))]
                 images = [self.read(image) for image in self.dataset[positions][self.image_key]]

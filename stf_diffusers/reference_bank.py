@@ -366,8 +366,8 @@ class ReferenceBank(ReferenceSet):
             transform: from an entry of the image column to a tensor; the same result each time. Default: a PIL image's
                 pixels, uint8 (C, H, W).
             path: a file to write the bank to and to read chunks from, for data larger than memory. A file that is there
-                already is used, if data set and `transform` are those it was made of, as far as their fingerprint and
-                16 images tell.
+                already is used if it holds these images: as far as 16 of them tell where data set and `transform` have
+                the fingerprint of those it was made of, and otherwise by comparing all.
             device: where to keep the images. None: in memory, or with `path` in the file.
             augmentation, process_shard, pin_memory: as for the class.
             quiet: no progress bar.
@@ -387,11 +387,10 @@ class ReferenceBank(ReferenceSet):
             return bank
         path, fingerprint = Path(path), Hasher.hash([dataset._fingerprint, image_key, label_key, transform])
         if path.exists():
-            compare_bank(path, images)
+            compare_bank(path, images, fingerprint, quiet)
         else:
             chunks = images.chunks(quiet)
             write_bank(path, images.shape, images.dtype, chunks, images.labels, images.order, fingerprint)
         return cls.open(
-            path, device=device, augmentation=augmentation, process_shard=process_shard, pin_memory=pin_memory,
-            fingerprint=fingerprint,
-        )  # fmt: skip
+            path, device=device, augmentation=augmentation, process_shard=process_shard, pin_memory=pin_memory
+        )
