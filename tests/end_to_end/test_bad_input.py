@@ -1,8 +1,7 @@
-"""Wrong data, flags, files and weights, through the real `main(argv)`: a message that names the fix, nothing written."""
+"""Wrong data, files and weights, through the real `main(argv)`: a message that names the fix, nothing written."""
 
 import io
 import json
-import shutil
 import struct
 import zlib
 
@@ -10,15 +9,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
-from test_training import TINY
 
-import train_unconditional_stf as script
+from exact_networks import small_unet
+from stf_diffusers import EDM
 from stf_diffusers.export import diffusers_pipeline, save_pipeline
-from test_export import PROCESSES, small_unet
-
-pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
+from tiny import train
 
 
 def picture(mode="RGB", size=(8, 8), seed=0):
@@ -66,22 +62,17 @@ def folder_of(*files):
 
 
 def parquet_of(**columns):
-    """Data: a parquet file with these columns; `image` is of bytes."""
+    """Data: a parquet file with these columns; those that begin with bytes are images."""
 
     def make(path):
-        features = {
-            name: datasets.Image() if name.startswith("image") and not isinstance(values[:1], str) else None
-            for name, values in columns.items()
-        }
-        rows = {
-            name: [{"bytes": value, "path": None} if isinstance(value, bytes) else value for value in values]
-            for name, values in columns.items()
+        path.mkdir()
+        images = [name for name, values in columns.items() if isinstance(values[0], bytes)]
+        rows = columns | {
+            name: [value and {"bytes": value, "path": None} for value in columns[name]] for name in images
         }
         data = datasets.Dataset.from_dict(rows)
-        for name, feature in features.items():
-            if feature is not None and columns[name] and isinstance(columns[name][0], bytes):
-                data = data.cast_column(name, feature)
-        path.mkdir()
+        for name in images:
+            data = data.cast_column(name, datasets.Image())
         data.to_parquet(path / "data.parquet")
         return ["--dataset_name", path / "data.parquet"]
 
@@ -135,6 +126,7 @@ DATA = {
     ),
 }
 LABELS = {
+    "enormous labels": ([3] * 7 + [10**6], "Number the classes from 0"),
     "label missing": ([0, 1] * 3 + [None, 1], "must be integers from 0"),
     "label out of range": ([0, 1] * 3 + [-1, 1], "must be integers from 0"),
     "labels of text": (["cat", "dog"] * 4, "must be integers from 0"),
@@ -153,192 +145,83 @@ DATA["no labels"] = (
 )
 
 
-def refused(argv, tmp_path, capsys, output="run"):
-    """Run `main` and return what it said; nothing may have been written."""
-    (tmp_path / "net.json").write_text(json.dumps(TINY))
-    base = ["--output_dir", tmp_path / output, "--train_batch_size", 4, "--max_train_steps", 2, "--num_samples", 1]
-    base += ["--report_to", "none", "--num_inference_steps", 2]
-    if "--model_config" not in argv and "--pretrained_model_name_or_path" not in argv:
-        base += ["--model_config", tmp_path / "net.json"]
-    with pytest.raises((ValueError, SystemExit)) as refusal:
-        script.main([str(flag) for flag in (*base, *argv)])
-    assert not isinstance(refusal.value, SystemExit) or refusal.value.code != 0
-    assert not (tmp_path / "run").exists()
-    return str(refusal.value) + capsys.readouterr().err
+@pytest.fixture
+def refused(flags, tmp_path):
+    """refused(*flags): what a run without data of its own says that cannot start; nothing may have been written."""
+
+    def run(*argv):
+        with pytest.raises(ValueError) as refusal:
+            train([*flags()[2:], *argv])
+        assert not (tmp_path / "run").exists()
+        return str(refusal.value)
+
+    return run
 
 
 @pytest.mark.parametrize("case", DATA)
-def test_data(case, tmp_path, capsys):
+def test_data(case, refused, tmp_path):
     make, message = DATA[case]
-    assert message in refused(make(tmp_path / "data"), tmp_path, capsys)
+    assert message in refused(*make(tmp_path / "data"))
 
 
-FLAGS = {
-    "--train_batch_size 0": "at least 1",
-    "--max_train_steps 0": "at least 1",
-    "--num_epochs -1": "at least 1",
-    "--gradient_accumulation_steps 0": "at least 1",
-    "--seed -1": "at least 0",
-    "--p_std 0": "above 0",
-    "--sigma_data 0": "above 0",
-    "--sigma_data many": "invalid",
-    "--adam_beta1 1.5": "at most 1",
-    "--ema_max_decay 2": "at most 1",
-    "--ema_power 0": "above 0",
-    "--num_samples 0": "at least 1",
-    "--num_inference_steps 1": "at least 2",
-    "--checkpoints_total_limit 0": "at least 1",
-    "--checkpointing_steps 0": "at least 1",
-    "--logging_steps 0": "at least 1",
-    "--lr_warmup_steps -1": "at least 0",
-    "--lr_scheduler sawtooth": "invalid choice",
-    "--mixed_precision fp8": "invalid choice",
-    "--image_mode CMYK": "invalid choice",
-    "--resolution 0": "at least 1",
-    "--reference_memory_gb 0": "above 0",
-    "--dataloader_num_workers -1": "at least 0",
-    "--learning_rate inf": "above 0",
-    "--p_mean nan": "at least -20 and at most 20",
-    "--p_std 1e6": "at most 10",
-    "--num_inference_steps 2000": "at most 1000",
-    "--epsilon_t 0.9 --noise_process vp": "at most 0.5",
-    "--no_such_flag 1": "unrecognized arguments",
-}
-
-
-@pytest.mark.parametrize("case", FLAGS)
-def test_flags(case, tmp_path, capsys):
-    argv = folder_of()(tmp_path / "data") + case.split()
-    assert FLAGS[case] in refused(argv, tmp_path, capsys)
-
-
-def test_no_network_config(tmp_path, capsys):
-    data = folder_of()(tmp_path / "data")
-    assert "not a readable JSON file" in refused([*data, "--model_config", tmp_path / "no.json"], tmp_path, capsys)
+def test_no_network_config(refused, image_folder, tmp_path):
+    data = ["--train_data_dir", image_folder]
+    assert "not a readable JSON file" in refused(*data, "--model_config", tmp_path / "no.json")
     (tmp_path / "text.json").write_text("{")
-    assert "not a readable JSON file" in refused([*data, "--model_config", tmp_path / "text.json"], tmp_path, capsys)
+    assert "not a readable JSON file" in refused(*data, "--model_config", tmp_path / "text.json")
     (tmp_path / "vae.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
-    assert "config of a UNet2DModel" in refused([*data, "--model_config", tmp_path / "vae.json"], tmp_path, capsys)
+    assert "config of a UNet2DModel" in refused(*data, "--model_config", tmp_path / "vae.json")
 
 
-def test_places_that_cannot_be_written(tmp_path, capsys):
-    data = folder_of()(tmp_path / "data")
+def test_places_that_cannot_be_written(refused, image_folder, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "no folder that can be written to" in refused(data, tmp_path, capsys, output="file")
-    assert "no folder that can be written to" in refused(data, tmp_path, capsys, output="file/below")
+    for output in ("file", "file/below"):
+        said = refused("--train_data_dir", image_folder, "--output_dir", tmp_path / output)
+        assert "no folder that can be written to" in said
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_pretrained_weights(tmp_path, capsys):
-    data = folder_of()(tmp_path / "data")
+def test_pretrained_weights(flags, tmp_path):
     grey, broken = tmp_path / "grey", tmp_path / "broken"
-    save_pipeline(diffusers_pipeline(small_unet(1, 8), PROCESSES["edm"]), grey)
-    unet = small_unet(3, 8)
+    save_pipeline(diffusers_pipeline(small_unet(1), EDM()), grey)
+    unet = small_unet(3)
     with torch.no_grad():
         unet.conv_in.weight[0, 0, 0, 0] = torch.nan
-    save_pipeline(diffusers_pipeline(unet, PROCESSES["edm"]), broken)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
-    flag = "--pretrained_model_name_or_path"
-    assert "has 1 channels and the images have 3" in refused([*data, flag, grey], tmp_path, capsys)
-    assert "weights are not finite" in refused([*data, flag, broken], tmp_path, capsys)
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    save_pipeline(diffusers_pipeline(unet, EDM()), broken)
+    argv = flags()[:2] + flags()[4:]
+    for folder, message in ((grey, "has 1 channels and the images have 3"), (broken, "weights are not finite")):
+        with pytest.raises(ValueError, match=message):
+            train([*argv, "--pretrained_model_name_or_path", folder])
+    assert not (tmp_path / "run").exists()
 
 
-def test_modes_that_are_converted_when_asked(tmp_path):
+def test_modes_that_are_converted_when_asked(flags, tmp_path):
     files = ("b.png", encoded(picture("RGBA"))), ("c.jpg", encoded(picture("CMYK"), "JPEG")), ("d.png", GOOD[0])
     data = folder_of(*files, ("e.png", transparent_palette()))(tmp_path / "data")
-    (tmp_path / "net.json").write_text(json.dumps(TINY))
     for mode in ("RGB", "RGBA", "L"):
-        argv = [*data, "--image_mode", mode, "--output_dir", tmp_path / mode, "--train_batch_size", 4]
-        argv += ["--model_config", tmp_path / "net.json", "--max_train_steps", 1, "--num_samples", 1]
-        script.main([str(flag) for flag in (*argv, "--report_to", "none", "--num_inference_steps", 2)])
-        assert (tmp_path / mode / "model_index.json").is_file()
+        train(flags(*data, "--image_mode", mode, "--output_dir", tmp_path / mode, "--max_train_steps", 1))
+        config = json.loads((tmp_path / mode / "unet" / "config.json").read_text())
+        assert config["in_channels"] == len(mode)
 
 
-def test_a_class_of_one_image_is_told(tmp_path, caplog):
+def test_a_class_of_one_image_is_told(flags, tmp_path, caplog):
     data = parquet_of(image=GOOD, label=[0, 0, 0, 1, 1, 1, 1, 5])(tmp_path / "data")
-    (tmp_path / "net.json").write_text(json.dumps(TINY))
-    argv = [*data, "--class_conditional", "--label_column", "label", "--output_dir", tmp_path / "run"]
-    argv += ["--train_batch_size", 4, "--model_config", tmp_path / "net.json", "--max_train_steps", 1]
-    script.main([str(flag) for flag in (*argv, "--num_samples", 1, "--report_to", "none", "--num_inference_steps", 2)])
+    train([*flags()[2:], *data, "--class_conditional", "--label_column", "label", "--max_train_steps", 1])
     assert "Classes of a single image have the targets of denoising score matching: [5]" in caplog.text
 
 
-def run_argv(tmp_path, *more):
-    data = (
-        folder_of()(tmp_path / "data") if not (tmp_path / "data").exists() else ["--train_data_dir", tmp_path / "data"]
-    )
-    (tmp_path / "net.json").write_text(json.dumps(TINY))
-    argv = [*data, "--output_dir", tmp_path / "run", "--model_config", tmp_path / "net.json", "--train_batch_size", 4]
-    argv += ["--report_to", "none", "--num_samples", 1, "--num_inference_steps", 2, "--lr_warmup_steps", 0]
-    return [str(flag) for flag in (*argv, *more)]
-
-
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(flags, tmp_path):
+    enormous = ["--learning_rate", 1e38, "--adam_weight_decay", 1e38]
     with pytest.raises(FloatingPointError, match=r"weights are not finite after step 1\. They were not saved"):
-        script.main(
-            run_argv(tmp_path, "--learning_rate", "1e38", "--adam_weight_decay", "1e38", "--max_train_steps", 1)
-        )
+        train(flags(*enormous, "--max_train_steps", 1))
     assert not list((tmp_path / "run").glob("*"))
 
 
-DAMAGES = {
-    "cut short": lambda folder: (folder / "model.safetensors").write_bytes(b"short"),
-    "without averages": lambda folder: (folder / "ema.safetensors").unlink(),
-    "without optimizer": lambda folder: (folder / "optimizer.bin").unlink(),
-    "garbled manifest": lambda folder: (folder / "training_state.json").write_text("{garb"),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGES)
-def test_damaged_checkpoints_are_named(case, tmp_path):
-    argv = run_argv(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
-    script.main(argv)
-    AcceleratorState._reset_state(True)
-    DAMAGES[case](tmp_path / "run" / "checkpoint-2")
-    with pytest.raises(ValueError, match=r"checkpoint-2.*damaged.*(Delete|delete)"):
-        script.main(argv)
-
-
-def test_a_checkpoint_from_elsewhere_needs_a_folder_without_any(tmp_path):
-    argv = run_argv(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1)
-    script.main(argv)
-    AcceleratorState._reset_state(True)
-    shutil.copytree(tmp_path / "run" / "checkpoint-1", tmp_path / "elsewhere" / "checkpoint-1")
-    from_there = ["--resume_from_checkpoint", str(tmp_path / "elsewhere" / "checkpoint-1")]
-    with pytest.raises(ValueError, match="holds checkpoints of its own"):
-        script.main([*argv, *from_there])
-    AcceleratorState._reset_state(True)
-    script.main([*argv, *from_there, "--output_dir", str(tmp_path / "new")])
-    assert (tmp_path / "new" / "checkpoint-2").is_dir()
-
-
-def test_an_overwriting_run_that_cannot_start_loses_nothing(tmp_path):
-    argv = run_argv(tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 1)
-    script.main(argv)
-    AcceleratorState._reset_state(True)
-    (tmp_path / "run" / "logs").write_text("in the way of the tracker")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match=r"tracker does not start: .*logs.* --report_to none"):
-        script.main([*argv, "--overwrite_output_dir", "--report_to", "tensorboard"])
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_enormous_labels(tmp_path, capsys):
-    make = parquet_of(image=GOOD, label=[3] * 7 + [10**6])
-    argv = [*make(tmp_path / "data"), "--class_conditional", "--label_column", "label"]
-    assert "Number the classes from 0" in refused(argv, tmp_path, capsys)
-
-
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_loss_that_is_not_finite_names_its_images_and_keeps_the_last_checkpoint(accumulation, tmp_path):
-    data = folder_of()(tmp_path / "data")
-    (tmp_path / "net.json").write_text(json.dumps(TINY))
-    argv = [*data, "--output_dir", tmp_path / "run", "--model_config", tmp_path / "net.json", "--train_batch_size", 4]
-    argv += ["--learning_rate", 1e30, "--lr_warmup_steps", 0, "--max_train_steps", 50, "--checkpointing_steps", 1]
-    argv += ["--report_to", "none", "--gradient_accumulation_steps", accumulation, "--lr_scheduler", "constant"]
+def test_a_loss_that_is_not_finite_names_its_images_and_keeps_the_last_checkpoint(accumulation, flags, tmp_path):
+    more = ["--learning_rate", 1e30, "--max_train_steps", 50, "--checkpointing_steps", 1, "--lr_scheduler", "constant"]
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+.*\d \(sigma [\d.e+-]+\)") as stop:
-        script.main([str(flag) for flag in argv])
+        train(flags(*more, "--gradient_accumulation_steps", accumulation))
     failed = int(str(stop.value).split("at step ")[1].split(".")[0])
     kept = sorted((tmp_path / "run").glob("checkpoint-*"))
     assert max(int(path.name.split("-")[1]) for path in kept) == failed - 1

@@ -84,10 +84,9 @@ def test_a_tracker_that_fails_midway_is_said_and_survived(small_disk, flags, tmp
     """Its log folder is full after a moment."""
     logs = small_disk(16)
     argv = flags("--max_train_steps", 300, "--logging_steps", 1, "--report_to", "tensorboard", "--logging_dir", logs)
-    script.main([*argv, "--output_dir", str(tmp_path / "run")])
+    train([*argv, "--output_dir", str(tmp_path / "run")])
     assert "The tracker failed, and the training goes on" in caplog.text
-    AcceleratorState._reset_state(True)
-    script.main([*argv, "--output_dir", str(tmp_path / "untracked"), "--report_to", "none"])
+    train([*argv, "--output_dir", str(tmp_path / "untracked"), "--report_to", "none"])
     assert same(weights(tmp_path / "run"), weights(tmp_path / "untracked"))
 
 
@@ -104,9 +103,8 @@ def test_a_signal_saves_and_exits_to_be_requeued(number, flags, tmp_path):
     assert len(saved) == 1 and "--resume_from_checkpoint latest continues" in output
     stopped = int(saved[0].split("-")[1])
     steps = ["--max_train_steps", str(stopped + 3)]
-    script.main([*argv, *steps, "--resume_from_checkpoint", "latest"])
-    AcceleratorState._reset_state(True)
-    script.main([*argv, *steps, "--output_dir", str(whole)])
+    train([*argv, *steps, "--resume_from_checkpoint", "latest"])
+    train([*argv, *steps, "--output_dir", str(whole)])
     assert same(weights(run), weights(whole)) and same(weights(run, "unet_raw"), weights(whole, "unet_raw"))
 
 
@@ -175,20 +173,17 @@ def test_a_full_disk_at_each_write(small_disk, flags, tmp_path):
     """From a disk too small for anything to one that takes all: a message, no half-written file taken for a whole one."""
     whole = tmp_path / "whole"
     argv = flags("--max_train_steps", 3, "--checkpointing_steps", 1, "--random_flip")
-    script.main([*argv, "--output_dir", str(whole)])
-    AcceleratorState._reset_state(True)
+    train([*argv, "--output_dir", str(whole)])
     needed = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file()) // 1024
     ended = []
     for kibibytes in sorted({4, *(needed * share // 12 for share in range(1, 19))}):
         run = small_disk(max(kibibytes, 4)) / "run"
         try:
-            script.main([*argv, "--output_dir", str(run)])
+            train([*argv, "--output_dir", str(run)])
             ended.append("done")
         except OSError as error:
             assert "MiB are free" in str(error) or "No space left" in str(error)
             ended.append("full")
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
         for path in run.glob("checkpoint-*"):
             if (path / "training_state.json").is_file():
                 assert same_files(path, whole / path.name)
@@ -206,17 +201,14 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint_and_the_run_goes_on_with_
     disk = small_disk(4000)
     run, filler = disk / "run", disk / "filler"
     argv = flags("--output_dir", run, "--checkpointing_steps", 1)
-    script.main([*argv, "--max_train_steps", "2"])
-    AcceleratorState._reset_state(True)
+    train([*argv, "--max_train_steps", "2"])
     before = weights(run)
     filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - 20_000))
     with pytest.raises(OSError, match=r"checkpoint of step 3 cannot be written .* make room"):
-        script.main([*argv, "--max_train_steps", "4", "--resume_from_checkpoint", "latest"])
-    AcceleratorState._reset_state(True)
+        train([*argv, "--max_train_steps", "4", "--resume_from_checkpoint", "latest"])
     assert same(before, weights(run)), "the pipeline of before is whole"
     filler.unlink()
-    script.main([*argv, "--max_train_steps", "4", "--resume_from_checkpoint", "latest"])
-    AcceleratorState._reset_state(True)
-    script.main([*argv, "--output_dir", str(tmp_path / "whole"), "--max_train_steps", "4"])
+    train([*argv, "--max_train_steps", "4", "--resume_from_checkpoint", "latest"])
+    train([*argv, "--output_dir", str(tmp_path / "whole"), "--max_train_steps", "4"])
     assert same(weights(run), weights(tmp_path / "whole"))
     assert not list(run.glob(".*")), "what was half-written is gone"

@@ -4,18 +4,19 @@ import hashlib
 import json
 import re
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from test_training import TINY, tiny_autoencoder
-from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 
 import train_unconditional_stf as script
+from image_data import load_split
+from tiny import EXAMPLES, TINY, metadata, save_extractor, tiny_autoencoder, train
 
 # flag: (what both runs have, what the second has too, what changes). Kinds of what changes: "weights" (raw), "average",
-# "files" (their names), "grid", "card", "data" (images behind the run), "log" (a pattern that appears), "metadata" (a key).
+# "files" (their names), "grid", "card", "steps_logged", "evaluations", "tf32", "log" (a phrase that appears), "metadata"
+# (a key), or "nothing", where the flag is a matter of speed or memory.
 WIDE = "--train_data_dir {wide} --resolution 8"
 CASES = {
     "dataset_name": ("", "--dataset_name {parquet}", "card"),
@@ -27,7 +28,7 @@ CASES = {
     "center_crop": (WIDE, "--center_crop", "log kept in memory"),
     "random_flip": ("", "--random_flip", "weights"),
     "image_memory_gb": ("", "--image_memory_gb 1e-9", "log made as they are read"),
-    "dataloader_num_workers": ("", "--dataloader_num_workers 1", "same"),
+    "dataloader_num_workers": ("", "--dataloader_num_workers 1", "nothing"),
     "streaming": ("", "--streaming", "metadata reference"),
     "objective": ("--noise_process ve", "--objective dsm", "weights"),
     "reference": ("", "--reference batch", "log read with each batch"),
@@ -53,8 +54,8 @@ CASES = {
     "model_config": ("", "--model_config {larger}", "weights"),
     "pretrained_model_name_or_path": ("--model_config", "--pretrained_model_name_or_path {trained}", "weights"),
     "class_conditional": ("", "--class_conditional", "metadata num_classes"),
-    "gradient_checkpointing": ("", "--gradient_checkpointing", "same"),
-    "allow_tf32": ("", "--allow_tf32", "same"),
+    "gradient_checkpointing": ("", "--gradient_checkpointing", "nothing"),
+    "allow_tf32": ("", "--allow_tf32", "tf32"),
     "mixed_precision": ("", "--mixed_precision bf16", "weights"),
     "seed": ("", "--seed 1", "weights"),
     "train_batch_size": ("", "--train_batch_size 6", "weights"),
@@ -79,7 +80,7 @@ CASES = {
     "checkpoints_total_limit": ("--checkpointing_steps 1", "--checkpoints_total_limit 1", "files"),
     "report_to": ("", "--report_to tensorboard", "files"),
     "logging_dir": ("--report_to tensorboard", "--logging_dir other", "files"),
-    "logging_steps": ("--report_to tensorboard", "--logging_steps 1", "events"),
+    "logging_steps": ("--report_to tensorboard", "--logging_steps 1", "steps_logged"),
     "sample_steps": ("", "--sample_steps 1", "files"),
     "num_samples": ("", "--num_samples 4", "grid"),
     "num_inference_steps": ("", "--num_inference_steps 5", "grid"),
@@ -92,8 +93,8 @@ ELSEWHERE = {
     "cache_dir": "where others' downloads go",
     "dataset_config_name": "test_data_sets_with_configurations below",
     "output_dir": "everywhere",
-    "overwrite_output_dir": "test_training.py",
-    "resume_from_checkpoint": "test_training.py",
+    "overwrite_output_dir": "test_resume.py",
+    "resume_from_checkpoint": "test_resume.py",
     "share_reference": "test_training.py, on two processes",
     "compile": "minutes on a CPU",
     "push_to_hub": "test_hub.py",
@@ -104,14 +105,9 @@ ELSEWHERE = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, image_folder):
     """Data sets, networks and a trained folder by name."""
-    import datasets
-
     root = tmp_path_factory.mktemp("places")
     draw = np.random.default_rng(3)
     (root / "wide").mkdir()
@@ -144,14 +140,8 @@ def places(tmp_path_factory, image_folder):
     tiny_autoencoder().save_pretrained(root / "vae")
     found["vae"] = root / "vae"
     for seed, name in enumerate(("extractor", "other")):
-        torch.manual_seed(seed)
-        ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")).save_pretrained(
-            root / name
-        )
-        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(root / name)
-        found[name] = root / name
-    script.main([str(flag) for flag in base(found, root / "trained", "")])
-    AcceleratorState._reset_state(True)
+        found[name] = save_extractor(root / name, seed)
+    train(base(found, root / "trained", ""))
     return found
 
 
@@ -169,51 +159,77 @@ def base(places, folder, more):
     return [*argv, *more.format(**places).split()]
 
 
-def outcome(folder, log):
-    """What a run left, by kind."""
+def steps_logged(folder):
+    """The steps whose loss the tracker has."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulators = [EventAccumulator(str(path)).Reload() for path in folder.rglob("events.out*")]
+    return [event.step for each in accumulators if "loss" in each.Tags()["scalars"] for event in each.Scalars("loss")]
+
+
+def outcome(places, folder, argv, caplog):
+    """What a run leaves, by kind."""
 
     def digest(path):
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
+    caplog.clear()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    train(base(places, folder, argv))
     raw = folder / "unet_raw" if (folder / "unet_raw").is_dir() else folder / "unet"
     (grid,) = sorted((folder / "samples").glob("*.png"))[-1:]
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    events = [path.stat().st_size for path in folder.rglob("events.out*")]
     return {
         "weights": digest(raw / "diffusion_pytorch_model.safetensors"),
         "average": digest(folder / "unet" / "diffusion_pytorch_model.safetensors"),
-        "files": {re.sub(r"events\\.out.*|\\d{10}\\.\\d+", "", name) for name in files},
+        # The names of the tracker's files have the time in them.
+        "files": {re.sub(r"events\.out.*|\d{10}\.\d+", "", name) for name in files},
         "grid": digest(grid),
         "card": (folder / "README.md").read_text().replace(str(folder), "").replace(f"# {folder.name}", ""),
-        "events": sum(events),
+        "steps_logged": steps_logged(folder),
         "evaluations": digest(folder / "evaluations.json"),
-        "metadata": json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_stf"],
-        "log": log,
+        "metadata": metadata(folder),
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "log": caplog.text,
     }
 
 
+@pytest.fixture(scope="module")
+def without(places, tmp_path_factory):
+    """without(flags, caplog): what a run with these flags leaves; those that several cases share are run once."""
+    found = {}
+
+    def run(common, caplog):
+        if common not in found:
+            found[common] = outcome(places, tmp_path_factory.mktemp("without") / "run", common, caplog)
+        return found[common]
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def precision():
+    """--allow_tf32 is a setting of the whole process."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.mark.parametrize("flag", CASES)
-def test_flag(flag, places, tmp_path, caplog):
+def test_flag(flag, places, without, tmp_path, caplog):
     caplog.set_level("INFO")
     common, more, kind = CASES[flag]
-    results = []
-    for name, argv in (("without", common), ("with", f"{common} {more}".replace("--model_config --pre", "--pre"))):
-        caplog.clear()
-        script.main([str(part) for part in base(places, tmp_path / name, argv)])
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        results.append(outcome(tmp_path / name, caplog.text))
-    without, having = results
-    if kind == "same":  # a matter of speed or memory
-        assert without["files"] == having["files"]
-        return
+    before = without(common, caplog)
+    after = outcome(places, tmp_path / "run", f"{common} {more}".replace("--model_config --pre", "--pre"), caplog)
     what, _, detail = kind.partition(" ")
-    if what == "log":
-        assert detail in having["log"] and detail not in without["log"]
+    if what == "nothing":
+        assert before["files"] == after["files"] and before["weights"] == after["weights"]
+    elif what == "log":
+        assert detail in after["log"] and detail not in before["log"]
     elif what == "metadata":
-        assert without["metadata"].get(detail) != having["metadata"].get(detail)
+        assert before["metadata"].get(detail) != after["metadata"].get(detail)
     else:
-        assert without[what] != having[what]
+        assert before[what] != after[what]
 
 
 def test_every_flag_is_in_the_table():
@@ -221,20 +237,33 @@ def test_every_flag_is_in_the_table():
     assert not set(CASES) & set(ELSEWHERE)
 
 
-def test_runs_are_repeatable(places, tmp_path):
+@pytest.mark.parametrize("name", ["train_unconditional_stf", "generate", "quality_report"])
+def test_every_flag_is_read(name):
+    module = __import__(name)
+    source = (EXAMPLES / f"{name}.py").read_text().split("args = parser.parse_args(argv)")[1]
+    source += "".join((EXAMPLES / f"{sibling}.py").read_text() for sibling in ("references", "evaluation"))
+    by_name = {parameter for names in script.PROCESS_PARAMETERS.values() for parameter in names}
+    required = {"generate": ["--model", "m"], "quality_report": ["--samples", "s", "--extractor", "e"]}.get(name, [])
+    required += ["--output_dir", "d"]
+    for flag in vars(module.parse_args(required)):
+        assert flag in by_name or re.search(rf"args\.{flag}\b", source), flag
+
+
+def test_flags_from_a_file(flags, tmp_path):
+    (tmp_path / "flags.txt").write_text("# comment\n--noise_process ve --sigma_max 50\n--objective dsm\n")
+    args = script.parse_args(flags(f"@{tmp_path / 'flags.txt'}"))
+    assert (args.noise_process, args.sigma_max, args.objective) == ("ve", 50.0, "dsm")
+
+
+@pytest.mark.parametrize("common", ["--random_flip", "--report_to tensorboard"])
+def test_runs_are_repeatable(common, places, tmp_path, caplog):
     """Without which the comparisons above would say nothing."""
-    results = []
-    for name in ("one", "two"):
-        script.main([str(part) for part in base(places, tmp_path / name, "--random_flip")])
-        AcceleratorState._reset_state(True)
-        results.append(outcome(tmp_path / name, ""))
-    assert results[0] == results[1]
+    one, two = (outcome(places, tmp_path / name / "run", common, caplog) for name in ("one", "two"))
+    assert one | {"log": ""} == two | {"log": ""}
 
 
 def test_data_sets_with_configurations(tmp_path):
     """--dataset_config_name chooses among the configurations of a folder's card."""
-    from image_data import load_split
-
     for name, count in (("small", 3), ("large", 5)):
         (tmp_path / name).mkdir()
         for index in range(count):

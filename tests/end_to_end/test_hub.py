@@ -5,123 +5,56 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
+from huggingface_hub import HfApi
 from PIL import Image
-from test_training import tiny_autoencoder
 
-from conftest import EXAMPLES, ROOT
+import hub_upload
+from exact_networks import small_unet
 from hub_server import Hub, serve
-from stf_diffusers.export import read_metadata
+from stf_diffusers import VE, STFPipeline
+from stf_diffusers.export import diffusers_pipeline, read_metadata
+from tiny import CPU, EXAMPLES, ROOT, TINY, TINY_TRANSFORMER, tiny_autoencoder
 
-TINY = {
-    "_class_name": "UNet2DModel", "block_out_channels": [8, 8], "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"], "layers_per_block": 1, "norm_num_groups": 4,
-}  # fmt: skip
+# One process trains for all the tests that ask for `runs`.
+pytestmark = pytest.mark.xdist_group("hub")
+
+# The client reads HF_ENDPOINT as it is imported: a process of its own, for all runs and data sets.
+RUN = """
+import json, sys
+from unittest.mock import patch
+from image_data import load_split
+from tiny import train
+runs, data_sets = json.loads(sys.argv[1])
+said = {}
+for name, argv in runs.items():
+    try:
+        said[name] = train(argv)
+    except Exception as error:
+        said[name] = str(error)
+for name in data_sets:
+    try:
+        with patch("time.sleep"):  # the client waits longer and longer for a server that fails
+            load_split(name)
+    except Exception as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
 
 LOAD = """
 import sys
 sys.modules["stf_diffusers"] = None
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("somebody/blobs")
-print(type(pipe).__name__, len(pipe(batch_size=2, num_inference_steps=3).images))
+for name, labels in (("somebody/blobs", {"batch_size": 2}), ("somebody/latents", {"class_labels": [0, 1], "guidance_scale": 1.0})):
+    pipe = DiffusionPipeline.from_pretrained(name)
+    print(type(pipe).__name__, len(pipe(num_inference_steps=3, **labels).images))
 """
 
-
-@pytest.fixture
-def run(tmp_path, image_folder):
-    """Runs the training script against a server, in a process of its own with an empty cache."""
-    (tmp_path / "net.json").write_text(json.dumps(TINY))
-
-    def run(endpoint, *argv, script=EXAMPLES / "train_unconditional_stf.py"):
-        environment = {
-            **os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
-            "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-        }  # fmt: skip
-        environment.pop("HF_TOKEN", None)
-        command = [sys.executable, "-c", script] if isinstance(script, str) else [sys.executable, str(script)]
-        return subprocess.run(
-            [*command, *map(str, argv)], env=environment, cwd=ROOT, text=True, capture_output=True, timeout=240
-        )
-
-    base = [
-        "--train_data_dir", image_folder, "--model_config", tmp_path / "net.json", "--output_dir", tmp_path / "blobs",
-        "--train_batch_size", 4, "--max_train_steps", 2, "--checkpointing_steps", 1, "--num_samples", 1,
-        "--num_inference_steps", 2, "--report_to", "tensorboard", "--push_to_hub",
-    ]  # fmt: skip
-    return lambda endpoint, *more, **keywords: run(endpoint, *((*base, *more) if not keywords else more), **keywords)
-
-
-def test_push_and_load_back(run, tmp_path):
-    hub = Hub()
-    with serve(hub) as endpoint:
-        done = run(endpoint, "--hub_model_id", "somebody/blobs", "--hub_private_repo", "--hub_token", hub.token)
-        assert done.returncode == 0, done.stderr[-2000:]
-        files = set(hub.files["somebody/blobs"])
-        weights = {f"{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "unet_raw")}
-        configs = {
-            "README.md",
-            "model_index.json",
-            "scheduler/scheduler_config.json",
-            "unet/config.json",
-            "unet_raw/config.json",
-        }
-        grid = {"samples/step-0000002.png"}
-        assert files == weights | configs | grid, "the pipeline, its card and its grid, and nothing else"
-        assert hub.private["somebody/blobs"]
-        written = [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()]
-        assert not [path for path in written if hub.token.encode() in path.read_bytes()], "the token stays a secret"
-        card = hub.files["somebody/blobs"]["README.md"].decode()
-        assert card.count('from_pretrained("somebody/blobs")') == 2 and "library_name: diffusers" in card
-        assert "(samples/step-0000002.png)" in card
-        loaded = run(endpoint, script=LOAD)
-        assert loaded.stdout.split() == ["ConsistencyModelPipeline", "2"], loaded.stderr[-2000:]
-
-
-def test_a_latent_model_is_pushed_with_its_autoencoder(run, tmp_path):
-    tiny_autoencoder().save_pretrained(tmp_path / "vae")
-    dit = {
-        "_class_name": "DiTTransformer2DModel", "num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1,
-        "patch_size": 2, "norm_num_groups": 4,
-    }  # fmt: skip
-    (tmp_path / "dit.json").write_text(json.dumps(dit))
-    hub = Hub()
-    with serve(hub) as endpoint:
-        more = [
-            "--vae",
-            tmp_path / "vae",
-            "--noise_process",
-            "vp",
-            "--class_conditional",
-            "--model_config",
-            tmp_path / "dit.json",
-        ]
-        done = run(endpoint, "--hub_model_id", "somebody/blobs", "--hub_token", hub.token, *more)
-        assert done.returncode == 0, done.stderr[-2000:]
-        parts = {name.split("/")[0] for name in hub.files["somebody/blobs"]}
-        assert {"transformer", "transformer_raw", "vae", "scheduler", "model_index.json"} <= parts
-        loaded = run(endpoint, script=LOAD.replace("batch_size=2", "class_labels=[0, 1], guidance_scale=1.0"))
-        assert loaded.stdout.split() == ["DiTPipeline", "2"], loaded.stderr[-2000:]
-
-
-def test_a_refused_token_stops_the_run_before_it_starts(run, tmp_path):
-    hub = Hub()
-    with serve(hub) as endpoint:
-        done = run(endpoint, "--hub_model_id", "somebody/blobs", "--hub_token", "wrong")
-    assert done.returncode != 0
-    assert "Invalid credentials" in done.stderr and "--hub_token" in done.stderr
-    assert not (tmp_path / "blobs").exists()
-
-
-@pytest.mark.parametrize("fault", [401, 403, 429, 500, 0])
-def test_a_repository_that_cannot_be_made_says_what_to_do(fault, monkeypatch):
-    hub = Hub()
-    hub.faults["create"] = [fault] * 100
-    refused = pytest.raises(ValueError, match=r"somebody/blobs cannot be made or opened.*--hub_token")
-    with serve(hub) as endpoint, refused:
-        uploader(endpoint, hub, monkeypatch)
+FAULTS = (401, 403, 404, 500, 0)
 
 
 def cifar10_like(num_train):
@@ -138,61 +71,128 @@ def cifar10_like(num_train):
     return files
 
 
-def test_trains_on_a_data_set_of_the_hub_by_its_old_name(run, tmp_path):
-    hub = Hub()
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, image_folder):
+    """What lies in the folder and on the server after several runs with an empty cache, and what they and a reader said."""
+    root, hub = tmp_path_factory.mktemp("hub"), Hub()
     hub.files["datasets/uoft-cs/cifar10"] = cifar10_like(num_train=12)
     hub.moved["cifar10"] = "uoft-cs/cifar10"
-    arguments = [
-        "--dataset_name", "cifar10", "--model_config", tmp_path / "net.json", "--output_dir", tmp_path / "out",
-        "--train_batch_size", 4, "--max_train_steps", 2, "--num_samples", 1, "--num_inference_steps", 2,
-        "--report_to", "none", "--class_conditional",
-    ]  # fmt: skip
+    hub.broken = {f"somebody/answers-{fault}": fault for fault in FAULTS} | {"/short": 500}
+    (root / "net.json").write_text(json.dumps(TINY))
+    (root / "dit.json").write_text(json.dumps(TINY_TRANSFORMER))
+    tiny_autoencoder().save_pretrained(root / "vae")
+    base = ["--train_batch_size", 4, "--max_train_steps", 2, "--num_samples", 1, "--num_inference_steps", 2]
+    images = ["--train_data_dir", image_folder, "--checkpointing_steps", 1, "--report_to", "tensorboard"]
+    token = ["--push_to_hub", "--hub_token", hub.token]
+    blobs = [*base, *images, *token, "--model_config", root / "net.json", "--output_dir", root / "blobs"]
+    blobs += ["--hub_model_id", "somebody/blobs", "--hub_steps", 1]
+    latents = [
+        "--vae",
+        root / "vae",
+        "--noise_process",
+        "vp",
+        "--class_conditional",
+        "--model_config",
+        root / "dit.json",
+    ]
+    cifar = ["--dataset_name", "cifar10", "--class_conditional", "--model_config", root / "net.json"]
+    argvs = {
+        "private": [*blobs, "--hub_private_repo"],
+        "resumed": [*blobs, "--resume_from_checkpoint", "latest", "--max_train_steps", 3],
+        "latents": [
+            *base,
+            *images,
+            *token,
+            *latents,
+            "--hub_model_id",
+            "somebody/latents",
+            "--output_dir",
+            root / "latents",
+        ],
+        "refused": [
+            *blobs,
+            "--hub_model_id",
+            "somebody/refused",
+            "--hub_token",
+            "wrong",
+            "--output_dir",
+            root / "refused",
+        ],
+        "cifar10": [*base, *cifar, "--report_to", "none", "--output_dir", root / "cifar10"],
+    }
+    data_sets = [*(f"somebody/answers-{fault}" for fault in FAULTS), "short", "unheard-of"]
+    argument = json.dumps([{name: [str(part) for part in argv] for name, argv in argvs.items()}, data_sets])
+    environment = os.environ | CPU | {"HF_HOME": str(root / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    environment.pop("HF_TOKEN", None)
+    paths = [str(EXAMPLES), str(ROOT / "tests"), environment.get("PYTHONPATH", "")]
     with serve(hub) as endpoint:
-        done = run(endpoint, *arguments, script=EXAMPLES / "train_unconditional_stf.py")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "12 images of (3, 32, 32)" in done.stderr
-    metadata = read_metadata(tmp_path / "out")
+        printed = []
+        for command in ([RUN, argument], [LOAD]):
+            done = subprocess.run(
+                [sys.executable, "-c", *command], cwd=ROOT, text=True, capture_output=True, timeout=300,
+                env=environment | {"HF_ENDPOINT": endpoint, "PYTHONPATH": os.pathsep.join(paths)},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+            printed.append(done.stdout)
+    said = json.loads(printed[0].splitlines()[-1])
+    return SimpleNamespace(root=root, hub=hub, said=said, data_sets=data_sets, loaded=printed[1].splitlines())
+
+
+def test_push_and_load_back(runs):
+    hub = runs.hub
+    assert runs.said["private"] is None, "no error"
+    weights = {f"{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "unet_raw")}
+    configs = {"scheduler/scheduler_config.json", "unet/config.json", "unet_raw/config.json", "model_index.json"}
+    grids = {f"samples/step-000000{step}.png" for step in (1, 2, 3)}
+    found = set(hub.files["somebody/blobs"])
+    assert found == weights | configs | grids | {"README.md"}, "the pipeline, its card and its grids, and nothing else"
+    assert hub.private["somebody/blobs"] and not hub.private["somebody/latents"]
+    written = [path for path in runs.root.rglob("*") if path.is_file()]
+    assert not [path for path in written if hub.token.encode() in path.read_bytes()], "the token stays a secret"
+    card = hub.files["somebody/blobs"]["README.md"].decode()
+    assert card.count('from_pretrained("somebody/blobs")') == 2 and "library_name: diffusers" in card
+    assert "(samples/step-0000003.png)" in card
+    assert runs.loaded[0] == "ConsistencyModelPipeline 2"
+
+
+def test_commits_at_chosen_steps_and_onto_an_existing_repository(runs):
+    assert runs.said["resumed"] is None
+    found = [message for repository, message in runs.hub.commits if repository == "somebody/blobs"]
+    assert found == [f"Pipeline after {step} steps" for step in (1, 2, 3)]
+
+
+def test_a_latent_model_is_pushed_with_its_autoencoder(runs):
+    assert runs.said["latents"] is None
+    parts = {name.split("/")[0] for name in runs.hub.files["somebody/latents"]}
+    assert {"transformer", "transformer_raw", "vae", "scheduler", "model_index.json"} <= parts
+    assert runs.loaded[1] == "DiTPipeline 2"
+
+
+def test_a_refused_token_stops_the_run_before_it_starts(runs):
+    assert "Invalid credentials" in runs.said["refused"] and "--hub_token" in runs.said["refused"]
+    assert not (runs.root / "refused").exists()
+
+
+def test_trains_on_a_data_set_of_the_hub_by_its_old_name(runs):
+    assert runs.said["cifar10"] is None
+    metadata = read_metadata(runs.root / "cifar10")
     assert (metadata["num_images"], metadata["num_classes"]) == (12, 10)
+    assert metadata["image_shape"] == [3, 32, 32]
 
 
-LOAD_DATA = f"""
-import sys
-sys.path.insert(0, {str(EXAMPLES)!r})
-from image_data import load_split
-for name in sys.argv[1:]:
-    try:
-        load_split(name)
-    except Exception as error:
-        print(name, "|", type(error).__name__, "|", str(error).replace(chr(10), " "))
-"""
+def test_a_data_set_that_cannot_be_read_is_named(runs):
+    for name in runs.data_sets:
+        assert name in runs.said[name]
+    assert "owner/unheard-of" in runs.said["unheard-of"]
 
 
-def test_a_data_set_that_cannot_be_read_is_named(run):
+@pytest.mark.parametrize("fault", [401, 403, 429, 500, 0])
+def test_a_repository_that_cannot_be_made_says_what_to_do(fault, monkeypatch):
     hub = Hub()
-    faults = [401, 403, 404, 500, 0]
-    hub.broken = {f"somebody/answers-{fault}": fault for fault in faults} | {"/short": 500}
-    with serve(hub) as endpoint:
-        done = run(
-            endpoint, *(f"somebody/answers-{fault}" for fault in faults), "short", "unheard-of", script=LOAD_DATA
-        )
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(faults) + 2, done.stderr[-2000:]
-    for line in lines:
-        name, _, message = line.split(" | ")
-        assert name in message, line
-    assert "owner/unheard-of" in lines[-1]
-
-
-def test_commits_at_chosen_steps_onto_an_existing_repository(run, tmp_path):
-    hub = Hub()
-    hub.files["somebody/blobs"], hub.private["somebody/blobs"] = {}, False
-    with serve(hub) as endpoint:
-        more = ["--hub_model_id", "somebody/blobs", "--hub_token", hub.token, "--hub_steps", 1]
-        assert run(endpoint, *more).returncode == 0
-        assert [message for _, message in hub.commits] == ["Pipeline after 1 steps", "Pipeline after 2 steps"]
-        more += ["--resume_from_checkpoint", "latest", "--max_train_steps", 3]
-        assert run(endpoint, *more).returncode == 0
-        assert hub.commits[-1] == ("somebody/blobs", "Pipeline after 3 steps")
+    hub.faults["create"] = [fault] * 100
+    refused = pytest.raises(ValueError, match=r"somebody/blobs cannot be made or opened.*--hub_token")
+    with serve(hub) as endpoint, refused:
+        uploader(endpoint, hub, monkeypatch)
 
 
 @pytest.mark.parametrize("where", ["commit", "store"])
@@ -258,23 +258,15 @@ def test_a_hub_that_never_answers_holds_up_nothing(tmp_path, monkeypatch, caplog
 
 
 def uploader(endpoint, hub, monkeypatch):
-    from hub_upload import HfApi, HubUpload
-
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("hub_upload.HfApi", lambda token: HfApi(endpoint=endpoint, token=token))
-    return HubUpload("somebody/blobs", hub.token, private=True, first_delay=0.01)
+    monkeypatch.setattr(hub_upload, "HfApi", lambda token: HfApi(endpoint=endpoint, token=token))
+    return hub_upload.HubUpload("somebody/blobs", hub.token, private=True, first_delay=0.01)
 
 
 def test_a_pipeline_pushes_itself(tmp_path, monkeypatch):
-    from huggingface_hub import HfApi
-
-    from stf_diffusers import STFPipeline
-    from stf_diffusers.export import diffusers_pipeline
-    from test_export import PROCESSES, small_unet
-
     metadata = {"steps": 7, "images_seen": 70, "use_ema": True, "reference_batch_size": 4096}
-    stock = diffusers_pipeline(small_unet(), PROCESSES["ve"], metadata=metadata)
+    stock = diffusers_pipeline(small_unet(), VE(), metadata=metadata)
     hub = Hub()
     with serve(hub) as endpoint:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)

@@ -52,7 +52,7 @@ def records(folder):
 
 def test_evaluations_are_recorded_and_the_best_is_kept(evaluated, extractor, image_folder, tmp_path, caplog):
     caplog.set_level("INFO")
-    script.main(evaluated())
+    train(evaluated())
     found = records(tmp_path / "run")
     assert [record["step"] for record in found] == [2, 4, 6]
     best = json.loads((tmp_path / "run" / "best" / "evaluation.json").read_text())
@@ -81,25 +81,23 @@ def test_evaluations_are_recorded_and_the_best_is_kept(evaluated, extractor, ima
 
 
 def test_evaluation_changes_nothing_in_the_training(evaluated, flags, tmp_path):  # noqa: F811
-    script.main(evaluated())
-    AcceleratorState._reset_state(True)
-    script.main(flags("--max_train_steps", 6, "--output_dir", tmp_path / "plain"))
+    train(evaluated())
+    train(flags("--max_train_steps", 6, "--output_dir", tmp_path / "plain"))
     left, right = weights(tmp_path / "run"), weights(tmp_path / "plain")
     assert all(left[name].equal(right[name]) for name in left)
 
 
 def test_stopped_runs_catch_up_on_evaluations(evaluated, tmp_path):
     """What was due at the checkpoint's step and did not happen is done first; what came after it comes again."""
-    script.main(evaluated("--checkpointing_steps", 2))
+    train(evaluated("--checkpointing_steps", 2))
     whole = records(tmp_path / "run")
-    AcceleratorState._reset_state(True)
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
     # Killed between the checkpoint of step 4 and its evaluation.
     (tmp_path / "cut" / "evaluations.json").write_text(json.dumps(whole[:1]))
     shutil.rmtree(tmp_path / "cut" / "best")
     (tmp_path / "cut" / "model_index.json").unlink()
-    script.main(
+    train(
         evaluated("--checkpointing_steps", 2, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")
     )
     assert records(tmp_path / "cut") == whole
@@ -108,11 +106,9 @@ def test_stopped_runs_catch_up_on_evaluations(evaluated, tmp_path):
 def test_a_run_that_dies_while_the_best_is_saved_comes_back_to_it(evaluated, tmp_path, monkeypatch):
     """A full disk, after a first evaluation that went well."""
     same = ("--checkpointing_steps", 2, "--lr_scheduler", "constant")
-    script.main(evaluated(*same))
+    train(evaluated(*same))
     expected = records(tmp_path / "run")
-    AcceleratorState._reset_state(True)
-    script.main(evaluated(*same, "--overwrite_output_dir", "--max_train_steps", 4))
-    AcceleratorState._reset_state(True)
+    train(evaluated(*same, "--overwrite_output_dir", "--max_train_steps", 4))
     shutil.rmtree(tmp_path / "run" / "best")
     (tmp_path / "run" / "evaluations.json").unlink()
     save = evaluation.save_pipeline
@@ -124,11 +120,10 @@ def test_a_run_that_dies_while_the_best_is_saved_comes_back_to_it(evaluated, tmp
     again = (*same, "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-4")
     monkeypatch.setattr(evaluation, "save_pipeline", full)
     with pytest.raises(OSError, match="evaluation cannot be written"):
-        script.main(evaluated(*again))
-    AcceleratorState._reset_state(True)
+        train(evaluated(*again))
     assert not (tmp_path / "run" / "evaluations.json").exists()
     monkeypatch.setattr(evaluation, "save_pipeline", save)
-    script.main(evaluated(*again))
+    train(evaluated(*again))
     found = records(tmp_path / "run")
     assert found == expected[1:]
     best = json.loads((tmp_path / "run" / "best" / "evaluation.json").read_text())
@@ -137,22 +132,20 @@ def test_a_run_that_dies_while_the_best_is_saved_comes_back_to_it(evaluated, tmp
 
 def test_the_best_of_another_run_is_no_rival(evaluated, tmp_path):
     """Of a run that left no checkpoint, in the same folder, measured alike."""
-    script.main(evaluated())
+    train(evaluated())
     expected = (tmp_path / "run" / "best" / "evaluation.json").read_text()
     stale = json.loads(expected) | {"step": 1, "frechet_distance": 1e-9}
     (tmp_path / "other" / "best").mkdir(parents=True)
     for path in ("evaluations.json", "best/evaluation.json"):
         (tmp_path / "other" / path).write_text(json.dumps([stale] if path == "evaluations.json" else stale))
-    AcceleratorState._reset_state(True)
-    script.main(evaluated("--output_dir", tmp_path / "other"))
+    train(evaluated("--output_dir", tmp_path / "other"))
     assert (tmp_path / "other" / "best" / "evaluation.json").read_text() == expected
     assert [record["step"] for record in records(tmp_path / "other")] == [2, 4, 6]
 
 
 def test_overwriting_forgets_the_evaluations(evaluated, flags, tmp_path):  # noqa: F811
-    script.main(evaluated())
-    AcceleratorState._reset_state(True)
-    script.main(flags("--overwrite_output_dir"))
+    train(evaluated())
+    train(flags("--overwrite_output_dir"))
     assert not (tmp_path / "run" / "best").exists() and not (tmp_path / "run" / "evaluations.json").exists()
 
 
@@ -172,11 +165,10 @@ def test_two_processes_share_an_evaluation(evaluated, tmp_path):
 
 
 def test_features_of_the_data_are_computed_once(evaluated, tmp_path, caplog):
-    script.main(evaluated())
+    train(evaluated())
     (path,) = (tmp_path / "cache").rglob("*.safetensors")
     before = path.stat().st_mtime_ns
-    AcceleratorState._reset_state(True)
-    script.main(evaluated("--overwrite_output_dir"))
+    train(evaluated("--overwrite_output_dir"))
     assert path.stat().st_mtime_ns == before
 
 
@@ -187,7 +179,7 @@ def test_features_of_the_data_are_computed_once(evaluated, tmp_path, caplog):
 def test_evaluations_in_other_modes(mode, evaluated, tmp_path):
     """The data are pixels in all of them, and orientations are no classes."""
     tiny_autoencoder().save_pretrained(tmp_path / "vae")
-    script.main(evaluated("--max_train_steps", 2, *mode.format(vae=tmp_path / "vae").split()))
+    train(evaluated("--max_train_steps", 2, *mode.format(vae=tmp_path / "vae").split()))
     (record,) = records(tmp_path / "run")
     assert "against 24 of" in record["measured"] and record["frechet_distance"] > 0
 
@@ -208,7 +200,7 @@ def test_labels_are_drawn_from_the_data(image_folder, extractor, evaluated, tmp_
         ),
     )
     more = ["--class_conditional", "--train_data_dir", folder, "--eval_num_samples", 400, "--max_train_steps", 2]
-    script.main(evaluated(*more))
+    train(evaluated(*more))
     # 0 is bright. Four standard errors of a share of 1/4 among 400.
     assert abs(np.mean(drawn) - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
 
@@ -226,7 +218,7 @@ WRONG = {
 def test_wrong_evaluations_are_refused_before_anything_is_written(case, flags, tmp_path, capsys):  # noqa: F811
     more, message = WRONG[case]
     with pytest.raises((ValueError, SystemExit)) as raised:
-        script.main(flags(*more))
+        train(flags(*more))
     assert message in str(raised.value) + capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

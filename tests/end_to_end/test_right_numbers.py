@@ -66,7 +66,7 @@ def test_learning_rate_at_every_step(accumulation, processes, schedule, flags, t
         "--gradient_accumulation_steps", accumulation, "--logging_steps", 1, "--report_to", "tensorboard",
     )  # fmt: skip
     if processes == 1:
-        script.main(argv)
+        train(argv)
     else:
         launch(argv, processes=2)
     found = scalars(tmp_path / "run", "learning_rate")
@@ -106,8 +106,6 @@ def train(accelerator, unet, optimizer, batches):
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
 def test_micro_batches_equal_one_batch(accumulation):
     expected = train(Accelerator(cpu=True), *toy(), parts(1))
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
     found = train(
         Accelerator(cpu=True, gradient_accumulation_steps=accumulation), *toy(), parts(accumulation)
     )  # fmt: skip
@@ -135,7 +133,7 @@ def test_two_processes_equal_one(tmp_path):
 def test_averages_are_stepped_once_per_optimizer_step(accumulation, flags, tmp_path):
     """In float32, by the decay of the warm-up 1 - (1 + k)^-3/4 at most, from the weights after each step."""
     more = ["--gradient_accumulation_steps", accumulation, "--mixed_precision", "bf16", "--report_to", "none"]
-    script.main(
+    train(
         flags(
             *more, "--max_train_steps", 4, "--checkpointing_steps", 1, "--learning_rate", 1e-2, "--lr_warmup_steps", 0
         )
@@ -159,9 +157,8 @@ def test_averages_are_stepped_once_per_optimizer_step(accumulation, flags, tmp_p
 
 def test_sampling_and_saving_leave_the_weights_alone(flags, tmp_path):
     steps = ["--max_train_steps", 4, "--report_to", "none"]
-    script.main(flags(*steps))
-    AcceleratorState._reset_state(True)
-    script.main(
+    train(flags(*steps))
+    train(
         flags(
             *steps,
             "--output_dir",
@@ -194,7 +191,7 @@ def test_modes_that_are_not_supported_are_refused(mode, flags, tmp_path, monkeyp
     """As `accelerate launch` asks for them."""
     monkeypatch.setenv(f"ACCELERATE_USE_{mode}", "true")
     with pytest.raises(ValueError, match=rf"{mode} is not supported\. Use data parallelism"):
-        script.main(flags("--max_train_steps", 1, "--report_to", "none"))
+        train(flags("--max_train_steps", 1, "--report_to", "none"))
     assert not (tmp_path / "run").exists()
 
 
@@ -204,13 +201,12 @@ def test_other_data_is_refused_on_resume(flags, tmp_path, image_folder):
 
     from PIL import Image
 
-    script.main(flags("--max_train_steps", 1, "--checkpointing_steps", 1, "--report_to", "none"))
-    AcceleratorState._reset_state(True)
+    train(flags("--max_train_steps", 1, "--checkpointing_steps", 1, "--report_to", "none"))
     shutil.copytree(image_folder, tmp_path / "other")
     first = next((tmp_path / "other").rglob("00.png"))
     Image.new("RGB", (8, 8), (1, 2, 3)).save(first)
     with pytest.raises(ValueError, match="belongs to another run: data_digest"):
-        script.main(
+        train(
             flags("--max_train_steps", 2, "--report_to", "none", "--train_data_dir", tmp_path / "other",
                   "--resume_from_checkpoint", "latest")
         )  # fmt: skip
@@ -235,13 +231,9 @@ def test_post_hoc_averages(flags, tmp_path):
     )  # fmt: skip
     # With --no-use_ema the checkpoint's network is the raw one; each is read before it is rotated away.
     run, raw = tmp_path / "run", []
-    script.main([*argv, "--max_train_steps", str(steps // 2)])
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    script.main([*argv, "--resume_from_checkpoint", "latest"])
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    script.main([*argv, "--checkpoints_total_limit", str(steps), "--output_dir", str(tmp_path / "whole")])
+    train([*argv, "--max_train_steps", str(steps // 2)])
+    train([*argv, "--resume_from_checkpoint", "latest"])
+    train([*argv, "--checkpoints_total_limit", str(steps), "--output_dir", str(tmp_path / "whole")])
     snapshots = sorted((run / "post_hoc_ema").iterdir())
     assert len(snapshots) == steps, "one of each checkpoint, rotated away or not"
     for here, there in zip(snapshots, sorted((tmp_path / "whole" / "post_hoc_ema").iterdir()), strict=True):

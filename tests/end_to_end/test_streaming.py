@@ -136,17 +136,13 @@ def test_trains_resumes_and_matches_what_is_not_interrupted(flags, tmp_path, cap
     caplog.set_level("INFO")
     more = ["--reference_batch_size", 9, "--random_flip", "--class_conditional", "--class_dropout", 0.3]
     more += ["--checkpointing_steps", 2]
-    script.main(flags(*more, "--max_train_steps", 9))
+    train(flags(*more, "--max_train_steps", 9))
     assert (
         "n = 9 references, the buffer of the stream" in caplog.text and "a stream of images of (3, 8, 8)" in caplog.text
     )
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    script.main(flags(*more, "--max_train_steps", 4, "--output_dir", tmp_path / "stopped"))
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    train(flags(*more, "--max_train_steps", 4, "--output_dir", tmp_path / "stopped"))
     argv = [*more, "--output_dir", tmp_path / "stopped", "--resume_from_checkpoint", "latest"]
-    script.main(flags(*argv, "--max_train_steps", 9))
+    train(flags(*argv, "--max_train_steps", 9))
     assert same(weights(tmp_path / "run", "unet_raw"), weights(tmp_path / "stopped", "unet_raw"))
     metadata = json.loads((tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text())["_stf"]
     assert metadata["reference"] == "stream" and metadata["reference_batch_size"] == 9
@@ -202,7 +198,7 @@ def test_wrong_input(case, flags, tmp_path, capsys):
         at = argv.index("--max_train_steps")
         argv = argv[:at] + argv[at + 2 : -1]
     with pytest.raises((ValueError, SystemExit)) as refusal:
-        script.main(argv)
+        train(argv)
     assert message in str(refusal.value) + capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -215,7 +211,7 @@ def test_a_broken_image_late_in_the_stream_is_named(tmp_path, flags):
     argv = [flag for flag in flags() if flag != "--train_data_dir"]
     argv[0:1] = ["--dataset_name", str(tmp_path / "data.parquet")]
     with pytest.raises(ValueError, match=r"image 25 cannot be decoded: .* Repair it or leave it out"):
-        script.main([*argv, "--reference_batch_size", "8", "--max_train_steps", "20", "--resolution", "8"])
+        train([*argv, "--reference_batch_size", "8", "--max_train_steps", "20", "--resolution", "8"])
 
 
 def raw(count):
