@@ -10,8 +10,10 @@ import time
 
 import kill_and_resume
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 from test_training import TINY, same, weights
 
+import train_unconditional_stf as script
 from conftest import EXAMPLES, ROOT
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")

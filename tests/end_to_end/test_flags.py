@@ -8,10 +8,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from image_data import load_split
 from PIL import Image
 
 import train_unconditional_stf as script
+from image_data import load_split
 from tiny import EXAMPLES, TINY, metadata, save_extractor, tiny_autoencoder, train
 
 # flag: (what both runs have, what the second has too, what changes). Kinds of what changes: "weights" (raw), "average",

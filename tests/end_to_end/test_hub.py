@@ -8,12 +8,12 @@ import sys
 from types import SimpleNamespace
 
 import datasets
-import hub_upload
 import numpy as np
 import pytest
 from huggingface_hub import HfApi
 from PIL import Image
 
+import hub_upload
 from exact_networks import small_unet
 from hub_server import Hub, serve
 from stf_diffusers import VE, STFPipeline

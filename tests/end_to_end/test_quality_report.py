@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from evaluation import as_pixels
 from PIL import Image
@@ -96,7 +97,9 @@ def test_stopped_runs_catch_up_on_evaluations(evaluated, tmp_path):
     (tmp_path / "cut" / "evaluations.json").write_text(json.dumps(whole[:1]))
     shutil.rmtree(tmp_path / "cut" / "best")
     (tmp_path / "cut" / "model_index.json").unlink()
-    train(evaluated("--checkpointing_steps", 2, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest"))
+    train(
+        evaluated("--checkpointing_steps", 2, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")
+    )
     assert records(tmp_path / "cut") == whole
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors import safe_open

@@ -9,11 +9,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from image_data import ImageReader, load_split
 from PIL import Image
 from streaming import ImageStream
 from test_training import TINY, launch, same, weights
 
+import train_unconditional_stf as script
 from stf_diffusers import VE, STFTrainingObjective
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
