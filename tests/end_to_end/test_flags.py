@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import train_unconditional_stf as script
-from image_data import load_split
+from stf_diffusers.training.data_set import load_split
 from tiny import EXAMPLES, TINY, metadata, save_extractor, tiny_autoencoder, train
 
 # flag: (what both runs have, what the second has too, what changes). Kinds of what changes: "weights" (raw), "average",
