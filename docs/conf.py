@@ -29,7 +29,10 @@ default_role = "code"
 # Names in signatures must exist here, or be others' (whose pages are not fetched to be linked).
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:class", r"(torch|diffusers|accelerate|datasets|huggingface_hub|matplotlib|PIL|os|pathlib|random|collections\.abc)\..+"),
+    (
+        "py:class",
+        r"(torch|diffusers|accelerate|datasets|huggingface_hub|matplotlib|PIL|os|pathlib|random|collections\.abc)\..+",
+    ),
     ("py:class", "Tensor|Figure"),
     ("py:exc", r"huggingface_hub\..+"),
 ]

@@ -86,17 +86,14 @@ def compare_bank(path: Path, images: DatasetImages, fingerprint: str, quiet: boo
         return
     for name, column in (("labels", images.labels), ("order", images.order)):
         held = stored.mapped(name) if name in stored.names else None
-        if held is None or column is None:
-            same_column = held is column
-        else:
-            same_column = torch.equal(held, column)
-        if not same_column:
+        same = held is column if held is None or column is None else torch.equal(held, column)
+        if not same:
             raise ValueError(other.format(f"its {name} differ"))
     start = 0
     for chunk in images.chunks(quiet, "Comparing the reference bank"):
-        same = (rows[start : start + len(chunk)] == chunk).flatten(1).all(1)
-        if not bool(same.all()):
-            raise ValueError(other.format(f"image {images.position(start + int(same.int().argmin()))} differs"))
+        equal = (rows[start : start + len(chunk)] == chunk).flatten(1).all(1)
+        if not bool(equal.all()):
+            raise ValueError(other.format(f"image {images.position(start + int(equal.int().argmin()))} differs"))
         start += len(chunk)
 
 

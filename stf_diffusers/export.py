@@ -24,7 +24,8 @@ from diffusers import (
     UNet2DModel,
 )
 
-from .noise import EDM, VE, VP, FlowMatching, NoiseProcess
+from .files import sync
+from .noise import EDM, EDM_SAMPLING_RANGE, NOISE_PROCESSES, NoiseProcess
 from .scheduler_process import SchedulerProcess
 
 # Key of the training metadata in the saved scheduler's config. Diffusers keeps keys that start with an underscore
@@ -34,38 +35,37 @@ METADATA_KEY = "_stf"
 # Every folder that a saved pipeline may have.
 PIPELINE_PARTS = ("unet", "unet_raw", "transformer", "transformer_raw", "vae", "vqvae", "scheduler")
 
-# Extremes of the noise at which EDM networks are sampled (Karras et al. 2022, Table 1).
-EDM_SAMPLING_RANGE = (0.002, 80.0)
-
 # The denoisers that are saved here.
 Network: TypeAlias = UNet2DModel | DiTTransformer2DModel
 
 # `DiTPipeline` takes this class for a dropped condition, whatever the network's number of classes.
 DIT_NULL_LABEL = 1000
 
-_PROCESSES: dict[str, type[EDM] | type[VE] | type[VP] | type[FlowMatching]] = {
-    "edm": EDM,
-    "ve": VE,
-    "vp": VP,
-    "flow": FlowMatching,
-}
-
 
 def process_to_config(process: NoiseProcess) -> dict[str, Any]:
-    """A noise process as a JSON dictionary, ``{"name": "edm", "sigma_data": 0.5, ...}``."""
-    for name, kind in _PROCESSES.items():
+    """A noise process as a JSON dictionary, ``{"name": "edm", "sigma_data": 0.5, ...}``.
+
+    Raises:
+        TypeError: the process is not in `NOISE_PROCESSES`.
+    """
+    for name, kind in NOISE_PROCESSES.items():
         if isinstance(process, kind):
             return {"name": name, **dataclasses.asdict(process)}
-    raise TypeError(f"only {', '.join(_PROCESSES)} processes can be saved; got {type(process).__name__}.")
+    raise TypeError(f"only {', '.join(NOISE_PROCESSES)} processes can be saved; got {type(process).__name__}.")
 
 
-def process_from_config(config: dict[str, Any]) -> EDM | VE | VP | FlowMatching:
-    """The inverse of `process_to_config`."""
+def process_from_config(config: dict[str, Any]) -> NoiseProcess:
+    """The inverse of `process_to_config`.
+
+    Raises:
+        ValueError: the name is not in `NOISE_PROCESSES`.
+    """
     parameters = dict(config)
     name = parameters.pop("name", None)
-    if name not in _PROCESSES:
-        raise ValueError(f"the saved noise process {name!r} is none of {', '.join(_PROCESSES)}.")
-    return _PROCESSES[name](**parameters)
+    if name not in NOISE_PROCESSES:
+        raise ValueError(f"the saved noise process {name!r} is none of {', '.join(NOISE_PROCESSES)}.")
+    process: NoiseProcess = NOISE_PROCESSES[name](**parameters)
+    return process
 
 
 def trained_betas(sigmas: torch.Tensor) -> list[float]:
@@ -88,21 +88,21 @@ def sampling_scheduler(
 ) -> EDMDPMSolverMultistepScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler:
     """The Diffusers scheduler whose samples follow `process`: what is saved beside a network trained on it.
 
-    EDM networks get the EDM variant of DPM-Solver++. VE and VP networks get DPM-Solver++ with `trained_betas` that are
-    the process's own noise levels at the thousand integer timesteps, visited at Karras et al.'s spacing. Flow-matching
-    networks get Euler's method for flows.
+    It depends on the process's `scheduler_family`. EDM networks get the EDM variant of DPM-Solver++. Networks with a
+    thousand integer timesteps (VE, VP) get DPM-Solver++ with `trained_betas` that are the process's own noise levels there,
+    visited at Karras et al.'s spacing. Flow-matching networks get Euler's method for flows.
 
     Args:
-        process: `EDM`, `VE`, `VP` or `FlowMatching`.
+        process: a process of `NOISE_PROCESSES`.
         sigma_min, sigma_max: EDM alone: extremes of the noise when sampling (default 0.002 and 80).
         scales_input: the pipeline calls `scale_model_input`, which Euler's method for flows lacks: flow-matching networks
             get DPM-Solver++ with the noise levels of flows, which rounds timesteps down to integers.
 
     Raises:
-        TypeError: another process.
+        TypeError: a process that no scheduler of Diffusers is known to sample.
         ValueError: a range for a process that has its own, an impossible range, or noise levels that Diffusers cannot represent.
     """
-    if isinstance(process, EDM):
+    if process.scheduler_family == "edm":
         low = EDM_SAMPLING_RANGE[0] if sigma_min is None else sigma_min
         high = EDM_SAMPLING_RANGE[1] if sigma_max is None else sigma_max
         if not 0 < low < high:
@@ -110,19 +110,16 @@ def sampling_scheduler(
         return EDMDPMSolverMultistepScheduler(sigma_min=low, sigma_max=high, sigma_data=process.sigma_data)
     if sigma_min is not None or sigma_max is not None:
         raise ValueError(f"sigma_min and sigma_max of {type(process).__name__} are those it was trained with.")
-    if isinstance(process, FlowMatching):
+    if process.scheduler_family == "flow":
         if scales_input:
             return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
         return FlowMatchEulerDiscreteScheduler()
-    if isinstance(process, VE):
-        ratio = torch.logspace(math.log10(process.sigma_min), math.log10(process.sigma_max), 1000, dtype=torch.float64)
-    elif isinstance(process, VP):
-        t = torch.arange(1, 1001, dtype=torch.float64) / 1000
-        ratio = process.sigma(t) / process.alpha(t)
-    else:
+    if process.scheduler_family is None:
         raise TypeError(
             f"no Diffusers scheduler is known here for {type(process).__name__}; use EDM, VE, VP or FlowMatching."
         )
+    t = process.integer_times()
+    ratio = process.sigma(t) / process.alpha(t)
     scheduler = DPMSolverMultistepScheduler(trained_betas=trained_betas(ratio), use_karras_sigmas=True)
     # Diffusers multiplies a thousand factors near 1 in float32, which loses noise levels below about 0.002.
     kept = (1 / scheduler.alphas_cumprod.double() - 1).sqrt()
@@ -134,7 +131,7 @@ def sampling_scheduler(
     return scheduler
 
 
-def process_of(scheduler: Any, network: Any = None) -> EDM | VE | VP | FlowMatching:
+def process_of(scheduler: Any, network: Any = None) -> NoiseProcess:
     """What the network was trained on, by its own config or that of the scheduler beside it.
 
     Raises:
@@ -143,9 +140,8 @@ def process_of(scheduler: Any, network: Any = None) -> EDM | VE | VP | FlowMatch
     metadata = scheduler.config.get(METADATA_KEY) or {}
     if network is not None:
         metadata = network.config.get(METADATA_KEY) or metadata
-    is_flow = bool(scheduler.config.get("use_flow_sigmas")) or hasattr(scheduler, "scale_noise")
-    table = None if is_flow else SchedulerProcess(scheduler)
     if "process" not in metadata:
+        table = None if _samples_flows(scheduler) else SchedulerProcess(scheduler)
         if table is not None and table.family == "edm" and table.prediction_type == "epsilon":
             return EDM(sigma_data=table.sigma_data)
         raise ValueError(
@@ -153,26 +149,34 @@ def process_of(scheduler: Any, network: Any = None) -> EDM | VE | VP | FlowMatch
             "Load the folder that the training saved, with the scheduler in it, or sample in plain Diffusers."
         )
     process = process_from_config(metadata["process"])
-    if isinstance(process, FlowMatching) or table is None:
-        fits = isinstance(process, FlowMatching) and is_flow
-        fits &= scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction"
-    elif isinstance(process, EDM):
-        fits = table.family == "edm" and table.sigma_data == process.sigma_data and table.prediction_type == "epsilon"
-    else:
-        index = torch.arange(len(table.timesteps), dtype=torch.float64)
-        t = (index + 1) / 1000
-        if isinstance(process, VE):
-            t = process.sigma_min * (process.sigma_max / process.sigma_min) ** (index / 999)
-        ratio = table.sigma(table.timesteps).double() / table.alpha(table.timesteps).double()
-        wanted = process.sigma(t) / process.alpha(t)
-        fits = table.family == "vp" and len(index) == 1000 and bool(((ratio / wanted - 1).abs() < 0.01).all())
-        fits &= table.prediction_type == "epsilon"
-    if not fits:
+    if not _follows(scheduler, process):
         raise ValueError(
             f"{type(scheduler).__name__} does not follow {process}, which the network was trained on, and would give "
             "garbage. Keep the scheduler that was saved, or make one with stf_diffusers.export.sampling_scheduler."
         )
     return process
+
+
+def _samples_flows(scheduler: Any) -> bool:
+    return bool(scheduler.config.get("use_flow_sigmas")) or hasattr(scheduler, "scale_noise")
+
+
+def _follows(scheduler: Any, process: NoiseProcess) -> bool:
+    """Whether a scheduler has the noise levels of a process, and expects what its network returns."""
+    if _samples_flows(scheduler):
+        expected = scheduler.config.get("prediction_type", "flow_prediction")
+        return process.scheduler_family == "flow" and expected == "flow_prediction"
+    table = SchedulerProcess(scheduler)
+    if table.family != process.scheduler_family or table.prediction_type != "epsilon":
+        return False
+    if table.family == "edm":
+        return table.sigma_data == process.sigma_data
+    t = process.integer_times()
+    if len(table.timesteps) != len(t):
+        return False
+    found = table.sigma(table.timesteps).double() / table.alpha(table.timesteps).double()
+    wanted = process.sigma(t) / process.alpha(t)
+    return bool(((found / wanted - 1).abs() < 0.01).all())
 
 
 StockPipeline: TypeAlias = ConsistencyModelPipeline | DDPMPipeline | DiTPipeline | LDMPipeline
@@ -191,7 +195,7 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
     if isinstance(network, DiTTransformer2DModel):
         if vae is None:
             raise ValueError("Diffusers samples a DiTTransformer2DModel with an autoencoder only: pass --vae.")
-        if not isinstance(process, VP | FlowMatching):
+        if math.isinf(process.last_time):
             raise ValueError(
                 f"DiTPipeline starts from noise of variance 1, which {type(process).__name__} has not. Train a "
                 "DiTTransformer2DModel on --noise_process vp or flow."
@@ -205,7 +209,7 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
                 "(--model_config examples/configs/dit_latents.json), or leave the classes out."
             )
         return LDMPipeline
-    return ConsistencyModelPipeline if conditional or isinstance(process, EDM) else DDPMPipeline
+    return ConsistencyModelPipeline if conditional or process.scheduler_family == "edm" else DDPMPipeline
 
 
 def diffusers_pipeline(
@@ -224,7 +228,7 @@ def diffusers_pipeline(
 
     Args:
         network: the network. It is used as it is, not copied; its config is told the process.
-        process: `EDM`, `VE`, `VP` or `FlowMatching`; as for `sampling_scheduler`, with `sigma_min` and `sigma_max`.
+        process, sigma_min, sigma_max: as for `sampling_scheduler`.
         vae: of a network of latents, the autoencoder that decodes them: divided by its config's `scaling_factor`.
         metadata: JSON values to keep in the saved folder, beside the process's own parameters.
 
@@ -322,8 +326,7 @@ def save_pipeline(
             raw_network.save_pretrained(Path(staging) / f"{name}_raw")
         new = [path.relative_to(staging) for path in Path(staging).rglob("*") if path.is_file()]
         for path in new:
-            with open(Path(staging) / path, "rb") as file:
-                os.fsync(file.fileno())
+            sync(Path(staging) / path)
         for path in sorted(new, key=lambda path: path == Path("model_index.json")):
             (folder / path).parent.mkdir(exist_ok=True)
             os.replace(Path(staging) / path, folder / path)

@@ -23,6 +23,14 @@ from .prediction import (
     vp_preconditioning,
 )
 
+SchedulerFamily = Literal["edm", "alphas_cumprod", "flow"]
+
+# Extremes of the noise at which EDM networks are sampled (Karras et al. 2022, Table 1).
+EDM_SAMPLING_RANGE = (0.002, 80.0)
+
+# VP networks have seen next to no times below this one: Song et al. 2021 (arXiv 2011.13456), appendix C.
+_VP_FIRST_TIME = 1e-3
+
 
 def expand_as_rows(vector: Tensor, like: Tensor) -> Tensor:
     """A (B,) vector as (B, 1, ..., 1), to multiply the rows of `like` (B, ...)."""
@@ -37,10 +45,22 @@ def _rand(batch_size: int, generator: torch.Generator | None, device: Any, norma
 
 
 class NoiseProcess(ABC):
-    """What the rest of the package knows of a forward process. All methods take t as (B,) and return (B,)."""
+    """What the rest of the package knows of a forward process. All methods take t as (B,) and return (B,).
 
-    # The largest time that there is.
+    A new process is one such class, a frozen dataclass whose fields are made by `parameter`, and one line in
+    `NOISE_PROCESSES`: training, saving and sampling take it from there.
+
+    Attributes:
+        last_time: the largest time that there is.
+        scheduler_family: which Diffusers schedulers sample a network trained on it, by what they know of the noise:
+            "edm", those that precondition the network as Karras et al. do (the process has a `sigma_data`);
+            "alphas_cumprod", those with a thousand timesteps (`integer_times`) and a network that predicts the noise;
+            "flow", those of flow matching. None: none.
+    """
+
     last_time: ClassVar[float] = math.inf
+    scheduler_family: ClassVar[SchedulerFamily | None] = None
+    sigma_data: float
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -72,21 +92,40 @@ class NoiseProcess(ABC):
     def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b), each (B,): the network's own output is ``a x0 + b noise``."""
 
+    def integer_times(self) -> Tensor:
+        """(1000,) float64: the times whose `timestep` is 0, 1, ... 999. For the family "alphas_cumprod"."""
+        raise TypeError(f"{type(self).__name__} has no integer timesteps.")
+
+    def sampling_range(self) -> tuple[float, float]:
+        """The extremes of sigma / alpha between which networks are sampled."""
+        return EDM_SAMPLING_RANGE
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``alpha(t) x0 + sigma(t) noise`` for x0, noise (B, ...) and t (B,)."""
         return expand_as_rows(self.alpha(t), x0) * x0 + expand_as_rows(self.sigma(t), x0) * noise
 
 
+def parameter(
+    default: Any,
+    help: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A field of a process, with what a command line needs to know of it, as the field's `metadata`.
+
+    Args:
+        default: its value by default.
+        help: what it is, in a few words.
+        above, at_least, at_most: the range that makes sense in training, by these names.
+    """
+    return field(default=default, metadata={"help": help, "above": above, "at_least": at_least, "at_most": at_most})
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _parameter(
-    default: Any, help: str, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
-) -> Any:
-    """A parameter of a process, with what a command line says of it and the values that it takes there."""
-    return field(default=default, metadata={"help": help, "above": above, "at_least": at_least, "at_most": at_most})
 
 
 @dataclass(frozen=True)
@@ -98,9 +137,11 @@ class EDM(NoiseProcess):
         p_mean, p_std: mean and standard deviation of ln t in training.
     """
 
-    sigma_data: float = _parameter(0.5, "Standard deviation of the data in [-1, 1]", above=0)
-    p_mean: float = _parameter(-1.2, "Mean of ln(sigma) in training", at_least=-20, at_most=20)
-    p_std: float = _parameter(1.2, "Standard deviation of ln(sigma) in training", above=0, at_most=10)
+    sigma_data: float = parameter(0.5, "Standard deviation of the data in [-1, 1]", above=0)
+    p_mean: float = parameter(-1.2, "Mean of ln(sigma) in training", at_least=-20, at_most=20)
+    p_std: float = parameter(1.2, "Standard deviation of ln(sigma) in training", above=0, at_most=10)
+
+    scheduler_family: ClassVar[SchedulerFamily | None] = "edm"
 
     def __post_init__(self) -> None:
         _require(
@@ -142,8 +183,10 @@ class VE(NoiseProcess):
         sigma_min, sigma_max: extremes of the noise level, for images in [-1, 1].
     """
 
-    sigma_min: float = _parameter(0.02, "Smallest noise level", above=0)
-    sigma_max: float = _parameter(100.0, "Largest noise level", above=0)
+    sigma_min: float = parameter(0.02, "Smallest noise level", above=0)
+    sigma_max: float = parameter(100.0, "Largest noise level", above=0)
+
+    scheduler_family: ClassVar[SchedulerFamily | None] = "alphas_cumprod"
 
     def __post_init__(self) -> None:
         _require(
@@ -172,6 +215,12 @@ class VE(NoiseProcess):
     def timestep(self, t: Tensor) -> Tensor:
         return 999 * (t / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
 
+    def integer_times(self) -> Tensor:
+        return torch.logspace(math.log10(self.sigma_min), math.log10(self.sigma_max), 1000, dtype=torch.float64)
+
+    def sampling_range(self) -> tuple[float, float]:
+        return self.sigma_min, self.sigma_max
+
     def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         # The noise; the output of the column "VE" is minus it.
         a, b = raw_output_coefficients(ve_preconditioning(t), t)
@@ -190,11 +239,12 @@ class VP(NoiseProcess):
         epsilon_t: smallest time drawn in training.
     """
 
-    beta_d: float = _parameter(19.9, "Slope of beta(t)", above=0)
-    beta_min: float = _parameter(0.1, "beta(0)", at_least=0)
-    epsilon_t: float = _parameter(1e-5, "Smallest training time", above=0, at_most=0.5)
+    beta_d: float = parameter(19.9, "Slope of beta(t)", above=0)
+    beta_min: float = parameter(0.1, "beta(0)", at_least=0)
+    epsilon_t: float = parameter(1e-5, "Smallest training time", above=0, at_most=0.5)
 
     last_time: ClassVar[float] = 1.0
+    scheduler_family: ClassVar[SchedulerFamily | None] = "alphas_cumprod"
 
     def __post_init__(self) -> None:
         _require(self.beta_d > 0, f"beta_d must be positive; got {self.beta_d}. Song et al. use 19.9.")
@@ -227,6 +277,14 @@ class VP(NoiseProcess):
     def timestep(self, t: Tensor) -> Tensor:
         return 1000 * t - 1
 
+    def integer_times(self) -> Tensor:
+        return torch.arange(1, 1001, dtype=torch.float64) / 1000
+
+    def sampling_range(self) -> tuple[float, float]:
+        t = torch.tensor([_VP_FIRST_TIME, self.last_time], dtype=torch.float64)
+        low, high = (self.sigma(t) / self.alpha(t)).tolist()
+        return low, high
+
     def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return prediction_coefficients("epsilon", self.alpha(t), self.sigma(t))
 
@@ -242,11 +300,12 @@ class FlowMatching(NoiseProcess):
         logit_mean, logit_std: mean and standard deviation of logit(t), used by "logit_normal" alone.
     """
 
-    time_distribution: Literal["uniform", "logit_normal"] = _parameter("uniform", "Distribution of training times")
-    logit_mean: float = _parameter(0.0, "Mean of logit(t), for logit-normal times", at_least=-20, at_most=20)
-    logit_std: float = _parameter(1.0, "Standard deviation of logit(t), for logit-normal times", above=0, at_most=10)
+    time_distribution: Literal["uniform", "logit_normal"] = parameter("uniform", "Distribution of training times")
+    logit_mean: float = parameter(0.0, "Mean of logit(t), for logit-normal times", at_least=-20, at_most=20)
+    logit_std: float = parameter(1.0, "Standard deviation of logit(t), for logit-normal times", above=0, at_most=10)
 
     last_time: ClassVar[float] = 1.0
+    scheduler_family: ClassVar[SchedulerFamily | None] = "flow"
 
     def __post_init__(self) -> None:
         _require(
@@ -283,10 +342,5 @@ class FlowMatching(NoiseProcess):
         return prediction_coefficients("flow_prediction", self.alpha(t), self.sigma(t))
 
 
-# The processes that a network can be trained on and saved with, by name.
-NOISE_PROCESSES: dict[str, type[EDM] | type[VE] | type[VP] | type[FlowMatching]] = {
-    "edm": EDM,
-    "ve": VE,
-    "vp": VP,
-    "flow": FlowMatching,
-}
+# The processes that can be trained on, saved and sampled, by the names that they have on a command line and in saved folders.
+NOISE_PROCESSES: dict[str, type[Any]] = {"edm": EDM, "ve": VE, "vp": VP, "flow": FlowMatching}

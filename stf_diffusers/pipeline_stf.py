@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from .denoising import network_denoiser
 from .export import (
-    EDM_SAMPLING_RANGE,
     METADATA_KEY,
     diffusers_pipeline,
     network_of,
@@ -29,13 +28,9 @@ from .export import (
     sampling_labels,
 )
 from .model_card import model_card
-from .noise import EDM, VE, FlowMatching
 from .solvers import Discretization, sample_ode, sample_rk45
 
 Solver = Literal["heun", "euler", "rk45", "scheduler"]
-
-# VP networks have seen next to no times below this one: Song et al. 2021 (arXiv 2011.13456), appendix C.
-_VP_LAST_TIME = 1e-3
 
 
 @dataclass
@@ -247,16 +242,12 @@ class STFPipeline(DiffusionPipeline):
         return labels
 
     def _sigma_range(self) -> tuple[float, float]:
-        if isinstance(self.process, EDM):
-            config = self.scheduler.config
-            return config.get("sigma_min", EDM_SAMPLING_RANGE[0]), config.get("sigma_max", EDM_SAMPLING_RANGE[1])
-        if isinstance(self.process, VE):
-            return self.process.sigma_min, self.process.sigma_max
-        if isinstance(self.process, FlowMatching):
-            return EDM_SAMPLING_RANGE
-        t = torch.tensor([_VP_LAST_TIME, 1.0], dtype=torch.float64)
-        low, high = (self.process.sigma(t) / self.process.alpha(t)).tolist()
-        return low, high
+        low, high = self.process.sampling_range()
+        if self.process.scheduler_family != "edm":
+            return low, high
+        # EDM networks are trained at all noise levels; the scheduler's config has those to sample at.
+        config = self.scheduler.config
+        return config.get("sigma_min", low), config.get("sigma_max", high)
 
     def _scheduler_samples(
         self, latents: Tensor, num_steps: int, labels: Tensor | None, generator: Any
@@ -281,7 +272,7 @@ class STFPipeline(DiffusionPipeline):
         """
         network, metadata = network_of(self), self.scheduler.config.get(METADATA_KEY)
         sampling_range: dict[str, Any] = {}
-        if isinstance(self.process, EDM):
+        if self.process.scheduler_family == "edm":
             sampling_range = dict(zip(("sigma_min", "sigma_max"), self._sigma_range(), strict=True))
         stock = diffusers_pipeline(network, self.process, vae=self.autoencoder, metadata=metadata, **sampling_range)
         if type(self.scheduler).__module__.startswith("diffusers."):

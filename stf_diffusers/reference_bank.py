@@ -132,7 +132,7 @@ class ReferenceBank(ReferenceSet):
 
     @property
     def device(self) -> torch.device:
-        """Where the images are kept: the CPU for those in a file."""
+        """Device on which the images are kept, which is the CPU for those in a file."""
         return self._norms.device
 
     @property

@@ -46,7 +46,7 @@ class SchedulerProcess(NoiseProcess):
                 "Use FlowMatchEulerDiscreteScheduler, or stf_diffusers.FlowMatching."
             )
         if hasattr(fresh, "alphas_cumprod") and fresh.init_noise_sigma == 1:
-            self.family = "vp"
+            self.family = "alphas_cumprod"
             cumulative = torch.as_tensor(scheduler.alphas_cumprod).to("cpu", torch.float32)
             # The scheduler's own expressions, so that alpha and sigma agree with its add_noise to the last bit.
             alphas, sigmas = cumulative**0.5, (1 - cumulative) ** 0.5
@@ -63,7 +63,7 @@ class SchedulerProcess(NoiseProcess):
             elif hasattr(fresh, "precondition_outputs"):
                 self.family = "edm"
             elif hasattr(fresh, "alphas_cumprod"):
-                self.family = "sigma"
+                self.family = "sigmas"
             else:
                 self.family = ""
         else:
@@ -73,7 +73,7 @@ class SchedulerProcess(NoiseProcess):
                 f"{self.scheduler_name} has no forward process that SchedulerProcess knows. Use the scheduler that the "
                 "training script calls add_noise on, for instance DDPMScheduler.from_config(scheduler.config)."
             )
-        if self.family in ("vp", "sigma"):
+        if self.family in ("alphas_cumprod", "sigmas"):
             prediction_coefficients(self.prediction_type, alphas, sigmas)  # an unknown type is an error here
         elif self.family == "edm" and self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
@@ -149,7 +149,7 @@ class SchedulerProcess(NoiseProcess):
         sigma = self.sigma(t)
         if self.family == "edm":
             return edm_preconditioning(sigma, self.sigma_data).c_in
-        return vp_preconditioning(sigma).c_in if self.family == "sigma" else torch.ones_like(sigma)
+        return vp_preconditioning(sigma).c_in if self.family == "sigmas" else torch.ones_like(sigma)
 
     def timestep(self, t: Tensor) -> Tensor:
         return t
@@ -160,7 +160,7 @@ class SchedulerProcess(NoiseProcess):
             a, b = raw_output_coefficients(edm_preconditioning(sigma, self.sigma_data), sigma)
             # Diffusers' EDM schedulers flip the sign of c_out for v_prediction.
             return (-a, -b) if self.prediction_type == "v_prediction" else (a, b)
-        if self.family == "sigma" and self.prediction_type == "v_prediction":
+        if self.family == "sigmas" and self.prediction_type == "v_prediction":
             # The velocity belongs to the unit-variance sample that the network sees, x_t / sqrt(1 + sigma^2).
             scale = vp_preconditioning(sigma).c_in
             alpha, sigma = scale * alpha, scale * sigma

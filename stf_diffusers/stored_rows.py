@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .files import settle
+
 _NAME_OF = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
 _NAME_OF |= {torch.float64: "F64"}
 _DTYPE_OF = {name: dtype for dtype, name in _NAME_OF.items()}
@@ -109,22 +111,11 @@ class RowWriter:
         self._file.seek(0)
         self._file.write(self._header_length.to_bytes(8, "little") + header.ljust(self._header_length))
         self._file.flush()
-        os.fsync(self._file.fileno())
-        os.replace(self._aside, self.path)
-        _sync_folder(self.path.parent)
+        settle(self._aside, self.path)
 
 
 def _header(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
     return json.dumps({"__metadata__": dict(metadata), **entries}).encode()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class RowReader:

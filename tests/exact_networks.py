@@ -4,7 +4,10 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
+
+from stf_diffusers import EDM, VE, VP, FlowMatching
 
 
 def denoise_points(points, x, sigma, mask=None):
@@ -59,7 +62,11 @@ class ExactNetwork(nn.Module):
         return SimpleNamespace(sample=output.get(self.process, noise).to(sample.dtype))
 
 
-def small_unet(channels=1, size=8):
+# Those that the exact networks are of.
+PROCESSES = {"edm": EDM(sigma_data=0.6), "ve": VE(), "vp": VP(), "flow": FlowMatching()}
+
+
+def small_unet(channels=1, size=4, classes=None):
     """An untrained network of Diffusers with the same weights at each call."""
     torch.manual_seed(0)
     return UNet2DModel(
@@ -67,9 +74,55 @@ def small_unet(channels=1, size=8):
         in_channels=channels,
         out_channels=channels,
         block_out_channels=(4, 4),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         norm_num_groups=2,
         attention_head_dim=4,
-    ).eval()
+        num_class_embeds=classes,
+    )
+
+
+def noise_to_signal(name, timestep):
+    """sigma/alpha at the network's timestep, from the formulas of the papers."""
+    t = timestep.double()
+    if name == "edm":
+        return (4 * t).exp()
+    if name == "ve":
+        return 0.02 * (100 / 0.02) ** (t / 999)
+    if name == "cosine":
+        return torch.tan((0.008 + 0.984 * t / 999) * torch.pi / 2)
+    time = (t + 1) / 1000
+    return torch.expm1(19.9 * time**2 / 2 + 0.1 * time).sqrt()
+
+
+class ExactUNet(UNet2DModel):
+    """As `ExactNetwork`, as a class that pipelines take: ``ExactUNet.from_config(config).attach("edm", points)``."""
+
+    def attach(self, name, points):
+        self.name, self.points = name, points.double()
+        return self
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        timestep = torch.as_tensor(timestep).reshape(-1)[:1].expand(len(sample))
+        if self.name == "flow":
+            return UNet2DOutput(sample=self.velocity(sample, timestep.double() / 1000)) if return_dict else None
+        ratio = noise_to_signal(self.name, timestep)[:, None]
+        data_std = 0.6 if self.name == "edm" else 1.0
+        unscaled = sample.double().flatten(1) * (ratio**2 + data_std**2).sqrt()  # x0 + ratio * noise
+        distance = (unscaled[:, None] - self.points.flatten(1)).square().sum(2)
+        denoised = torch.softmax(-distance / (2 * ratio**2), 1) @ self.points.flatten(1)
+        if self.name == "edm":
+            total = ratio**2 + 0.36
+            output = (denoised - 0.36 / total * unscaled) * total.sqrt() / (ratio * 0.6)
+        else:
+            output = (unscaled - denoised) / ratio
+        output = output.reshape(sample.shape).to(sample.dtype)
+        return UNet2DOutput(sample=output) if return_dict else (output,)
+
+    def velocity(self, sample, t):
+        """noise - x0, also at t = 1, where nothing of the image is left."""
+        x, t = sample.double().flatten(1), t[:, None]
+        distance = (x[:, None] - (1 - t[:, None]) * self.points.flatten(1)).square().sum(2)
+        denoised = torch.softmax(-distance / (2 * t**2), 1) @ self.points.flatten(1)
+        return ((x - (1 - t) * denoised) / t - denoised).reshape(sample.shape).to(sample.dtype)

@@ -16,10 +16,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from exact_networks import PROCESSES, ExactUNet, small_unet
 from stf_diffusers import EDM, EDMHeunScheduler, STFPipeline
 from stf_diffusers.export import diffusers_pipeline, read_metadata, save_pipeline
 from stf_diffusers.model_card import model_card
-from test_export import PROCESSES, ExactUNet, small_unet
 
 
 def quiet(pipeline):

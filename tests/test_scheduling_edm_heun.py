@@ -91,7 +91,7 @@ def test_golden_samples(golden, monkeypatch, dtype, tolerance, name, num_steps, 
 @pytest.mark.parametrize("options", [{}, CHURN])
 def test_stock_pipeline_gives_the_solver_s_images(dtype, options):
     """Diffusers' own pipeline, unchanged, against `sample_ode` from the same seeds, one for each image."""
-    pipeline = ConsistencyModelPipeline(unet=small_unet().to(dtype), scheduler=EDMHeunScheduler(**options))
+    pipeline = ConsistencyModelPipeline(unet=small_unet(size=8).to(dtype), scheduler=EDMHeunScheduler(**options))
     pipeline.set_progress_bar_config(disable=True)
     generators = [seeded(k) for k in range(3)]
     result = pipeline(batch_size=3, num_inference_steps=6, generator=generators, output_type="pt").images
@@ -136,7 +136,7 @@ def test_churn_everywhere_keeps_the_variance():
 
 
 def test_an_image_does_not_depend_on_its_batch():
-    unet, latents = small_unet().double(), normal(4, 1, 8, 8, dtype=float64)
+    unet, latents = small_unet(size=8).double(), normal(4, 1, 8, 8, dtype=float64)
 
     @torch.no_grad()
     def network(model_input, timestep):
@@ -263,7 +263,7 @@ def test_save_and_load(tmp_path):
 
 def test_reads_the_scheduler_of_a_saved_pipeline(tmp_path):
     save_pipeline(
-        diffusers_pipeline(small_unet(), EDM(sigma_data=0.6), sigma_max=40.0, metadata={"steps": 3}), tmp_path
+        diffusers_pipeline(small_unet(size=8), EDM(sigma_data=0.6), sigma_max=40.0, metadata={"steps": 3}), tmp_path
     )
     scheduler = EDMHeunScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert (scheduler.config["sigma_data"], scheduler.config["sigma_max"]) == (0.6, 40.0)

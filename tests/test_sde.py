@@ -60,7 +60,7 @@ def test_samples_are_the_points_with_equal_frequencies(sampler, name, process):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_does_not_depend_on_its_batch(sampler):
-    denoise, latents = network_denoiser(small_unet().double(), VE()), normal(4, 1, 8, 8, dtype=float64)
+    denoise, latents = network_denoiser(small_unet(size=8).double(), VE()), normal(4, 1, 8, 8, dtype=float64)
 
     def sample(rows):
         return SAMPLERS[sampler](denoise, latents[rows], num_steps=5, generator=[seeded(k) for k in rows])

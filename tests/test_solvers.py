@@ -193,7 +193,7 @@ def test_guidance_extrapolates_from_the_null_class(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_network_runs_in_its_own_dtype(dtype):
-    network = small_unet().to(dtype)
+    network = small_unet(size=8).to(dtype)
     seen = []
     network.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs))
     denoised = network_denoiser(network, VE())(normal(2, 1, 8, 8, dtype=float64), torch.tensor(2.0, dtype=float64))
@@ -204,7 +204,7 @@ def test_network_runs_in_its_own_dtype(dtype):
 @pytest.mark.parametrize("churn", [None, Churn(20)])
 @pytest.mark.parametrize("dtype, tolerance", [(float64, 1e-12), (torch.float32, 1e-5)])
 def test_an_image_does_not_depend_on_its_batch(churn, dtype, tolerance):
-    denoise, latents = network_denoiser(small_unet().to(dtype), EDM()), normal(5, 1, 8, 8, dtype=float64)
+    denoise, latents = network_denoiser(small_unet(size=8).to(dtype), EDM()), normal(5, 1, 8, 8, dtype=float64)
 
     def sample(rows):
         generators = [torch.Generator().manual_seed(k) for k in rows]
@@ -294,7 +294,7 @@ def test_encoding_and_sampling_are_inverse():
 
 
 def test_likelihood_of_a_network_is_per_image():
-    denoise = network_denoiser(small_unet(), EDM())
+    denoise = network_denoiser(small_unet(size=8), EDM())
     x = images(2, 1, 8, 8)
     generators = [seeded(k) for k in range(2)]
     both = log_likelihood(denoise, x, generator=generators, rtol=1e-3, atol=1e-3)
@@ -322,7 +322,7 @@ def test_likelihood_of_a_network_is_per_image():
         (lambda: sample_rk45(gaussian, torch.zeros(2, 1), sigma_min=0.0), "must be positive"),
         (lambda: log_likelihood(gaussian, torch.zeros(2, 1), divergence="skilling"), "'hutchinson' or 'exact'"),
         (lambda: log_likelihood(gaussian, torch.zeros(2, 1), generator=[seeded(0)]), "1 generators for 2 images"),
-        (lambda: network_denoiser(small_unet(), EDM(), guidance_scale=2.0), "needs class_labels and null_label"),
+        (lambda: network_denoiser(small_unet(size=8), EDM(), guidance_scale=2.0), "needs class_labels and null_label"),
     ],
 )
 def test_errors_say_the_fix(call, match):

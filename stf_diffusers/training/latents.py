@@ -281,7 +281,7 @@ class LatentColumn(IndexedImages):
 
     @property
     def standard_deviation(self) -> float:
-        """1: the latents are normalised."""
+        """1, since the latents are normalised."""
         return 1.0
 
     @cached_property

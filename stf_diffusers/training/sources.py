@@ -43,7 +43,7 @@ class TrainingImages(ABC):
     @property
     @abstractmethod
     def standard_deviation(self) -> float:
-        """Standard deviation over all values, as the network sees them: EDM's sigma_data."""
+        """Standard deviation over all values as the network sees them, which is EDM's sigma_data."""
 
     @property
     @abstractmethod
