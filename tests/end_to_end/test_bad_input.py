@@ -166,9 +166,9 @@ def test_data(case, refused, tmp_path):
 
 def test_no_network_config(refused, image_folder, tmp_path):
     data = ["--train_data_dir", image_folder]
-    assert "not a readable JSON file" in refused(*data, "--model_config", tmp_path / "no.json")
+    assert "nor a readable JSON file" in refused(*data, "--model_config", tmp_path / "no.json")
     (tmp_path / "text.json").write_text("{")
-    assert "not a readable JSON file" in refused(*data, "--model_config", tmp_path / "text.json")
+    assert "nor a readable JSON file" in refused(*data, "--model_config", tmp_path / "text.json")
     (tmp_path / "vae.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
     assert "config of a UNet2DModel" in refused(*data, "--model_config", tmp_path / "vae.json")
 
@@ -177,7 +177,7 @@ def test_places_that_cannot_be_written(refused, image_folder, tmp_path):
     (tmp_path / "file").write_text("mine")
     for output in ("file", "file/below"):
         said = refused("--train_data_dir", image_folder, "--output_dir", tmp_path / output)
-        assert "no folder that can be written to" in said
+        assert "is not a writable folder" in said
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -4,10 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DiTTransformer2DModel
 
-import train_unconditional_stf as script
 from stf_diffusers import STFPipeline
 from tiny import (
     TINY,
@@ -103,20 +100,3 @@ def test_a_transformer_without_dropout_is_not_guided(flags, tmp_path):
     pipeline = STFPipeline.from_pretrained(tmp_path / "run")
     with pytest.raises(ValueError, match="null_label"):
         pipeline(1, 2, class_labels=0, guidance_scale=2.0)
-
-
-def test_a_transformer_does_not_drop_labels_by_itself(flags, tmp_path):
-    """Diffusers' drops a tenth of them in training, in each block anew, unseen by the targets."""
-    (tmp_path / "dit.json").write_text(json.dumps(TINY_TRANSFORMER))
-    args = script.parse_args(flags("--model_config", tmp_path / "dit.json", "--class_conditional", "--vae", "x"))
-    network, _ = script.build_network(args, (4, 4, 4), 2)
-    stock = DiTTransformer2DModel.from_config(network.config)
-    x, t, labels = torch.randn(64, 4, 4, 4), torch.full((64,), 500.0), torch.zeros(64, dtype=torch.int64)
-
-    def embeddings(model):
-        model.train()
-        embed = model.transformer_blocks[0].norm1.emb
-        return embed(t, labels, hidden_dtype=x.dtype)
-
-    assert torch.equal(embeddings(network), embeddings(network)[:1].expand(64, -1))
-    assert not torch.equal(embeddings(stock), embeddings(stock)[:1].expand(64, -1))

@@ -8,44 +8,31 @@ import subprocess
 import sys
 import time
 
-import kill_and_resume
 import pytest
-from accelerate.state import AcceleratorState, GradientState
-from test_training import TINY, same, weights
 
-import train_unconditional_stf as script
-from conftest import EXAMPLES, ROOT
-
-pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
+from tiny import CPU, EXAMPLES, ROOT, Processes, run_as_script, same, train, weights
 
 
 @pytest.fixture
-def flags(tmp_path, image_folder):
-    (tmp_path / "net.json").write_text(json.dumps(TINY))
-    base = [
-        "--train_data_dir", image_folder, "--model_config", tmp_path / "net.json", "--train_batch_size", 4,
-        "--num_samples", 1, "--num_inference_steps", 2, "--report_to", "none", "--lr_scheduler", "constant",
-    ]  # fmt: skip
-    return lambda *more: [str(flag) for flag in (*base, *more)]
+def flags(flags):
+    return lambda *more: flags("--num_samples", 1, "--lr_scheduler", "constant", "--lr_warmup_steps", 500, *more)
 
 
-def start(argv, *, processes=1):
-    """The script in processes of its own; what it says goes to a pipe."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port"]
-        command += [str(31500 + os.getpid() % 1000)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
+def start_by_torchrun(argv):
+    """The script in two processes of a launcher's, which sees to both; what they say goes to a pipe."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command += [str(31500 + os.getpid() % 1000), str(EXAMPLES / "train_unconditional_stf.py"), *argv]
+    environment = os.environ | CPU | {"PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [*command, str(EXAMPLES / "train_unconditional_stf.py"), *argv], env=environment, cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def wait_for(condition, process, limit=90):
     end = time.monotonic() + limit
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, "the run ended or hangs before what is waited for"
+        ended = process.poll() is not None if isinstance(process, subprocess.Popen) else not process.is_alive()
+        assert not ended and time.monotonic() < end, "the run ended or hangs before what is waited for"
         time.sleep(0.02)
 
 
@@ -58,13 +45,16 @@ def children(pid):
 @pytest.mark.parametrize(("processes", "kills"), [(1, 6), (2, 3)])
 def test_killed_at_random_moments(processes, kills, tmp_path):
     """A sample of what benchmarks/kill_and_resume.py does at length."""
-    counts = kill_and_resume.trial(kills, seed=1, folder=tmp_path, world=processes)
-    assert counts["kills"] >= kills
+    command = [sys.executable, ROOT / "benchmarks" / "kill_and_resume.py", "--kills", kills, "--processes", processes]
+    command += ["--seed", 1, "--output", tmp_path / "counts.json"]
+    subprocess.run([str(part) for part in command], env=os.environ | CPU, check=True, timeout=400)
+    assert json.loads((tmp_path / "counts.json").read_text())["kills"] >= kills
 
 
 def test_a_signal_before_the_first_step(flags, tmp_path):
     """There is nothing to save: the run ends at once, and the scheduler can requeue it."""
-    process = start(flags("--output_dir", tmp_path / "run", "--max_train_steps", 400))
+    run = Processes(run_as_script, flags("--max_train_steps", 400))
+    (process,) = run.members
     usr1 = 1 << signal.SIGUSR1 - 1
 
     def catches():
@@ -72,9 +62,9 @@ def test_a_signal_before_the_first_step(flags, tmp_path):
             return any(int(line.split()[1], 16) & usr1 for line in status if line.startswith("SigCgt"))
 
     wait_for(catches, process)
-    process.send_signal(signal.SIGUSR1)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 75, output[-2000:]
+    os.kill(process.pid, signal.SIGUSR1)
+    codes, said = run.wait(60)
+    assert codes == [75], said[-2000:]
     assert not list(tmp_path.glob("run/checkpoint-*"))
 
 
@@ -94,11 +84,11 @@ def test_a_tracker_that_fails_midway_is_said_and_survived(small_disk, flags, tmp
 def test_a_signal_saves_and_exits_to_be_requeued(number, flags, tmp_path):
     run, whole = tmp_path / "run", tmp_path / "whole"
     argv = flags("--output_dir", run, "--max_train_steps", 400, "--checkpointing_steps", 1000, "--random_flip")
-    process = start([*argv, "--sample_steps", "1"])
-    wait_for(lambda: (run / "samples" / "step-0000002.png").exists(), process)
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 75, output[-2000:]
+    started = Processes(run_as_script, [*argv, "--sample_steps", "1"])
+    wait_for(lambda: (run / "samples" / "step-0000002.png").exists(), started.members[0])
+    os.kill(started.members[0].pid, number)
+    codes, output = started.wait(60)
+    assert codes == [75], output[-2000:]
     saved = [path.name for path in run.glob("checkpoint-*")]
     assert len(saved) == 1 and "--resume_from_checkpoint latest continues" in output
     stopped = int(saved[0].split("-")[1])
@@ -111,7 +101,7 @@ def test_a_signal_saves_and_exits_to_be_requeued(number, flags, tmp_path):
 def test_a_signal_to_one_process_stops_both(flags, tmp_path):
     run = tmp_path / "run"
     argv = flags("--output_dir", run, "--max_train_steps", 400, "--checkpointing_steps", 1000, "--sample_steps", 1)
-    process = start(argv, processes=2)
+    process = start_by_torchrun(argv)
     wait_for(lambda: (run / "samples" / "step-0000002.png").exists(), process)
     os.kill(children(process.pid)[1], signal.SIGUSR1)
     output = process.communicate(timeout=90)[0]
@@ -123,7 +113,7 @@ def test_a_signal_to_one_process_stops_both(flags, tmp_path):
 def test_one_of_two_processes_dies(flags, tmp_path):
     run = tmp_path / "run"
     argv = flags("--output_dir", run, "--max_train_steps", 4000, "--checkpointing_steps", 1)
-    process = start(argv, processes=2)
+    process = start_by_torchrun(argv)
     wait_for(lambda: (run / "checkpoint-2" / "training_state.json").exists(), process)
     os.kill(children(process.pid)[1], signal.SIGKILL)
     began = time.monotonic()
@@ -137,14 +127,15 @@ def test_a_worker_of_the_loader_dies(flags, tmp_path):
     argv = flags(
         "--output_dir", run, "--max_train_steps", 100000, "--checkpointing_steps", 1, "--dataloader_num_workers", 1
     )
-    process = start([*argv, "--checkpoints_total_limit", "1"])
+    started = Processes(run_as_script, [*argv, "--checkpoints_total_limit", "1"])
+    (process,) = started.members
     wait_for(lambda: any(run.glob("checkpoint-*/training_state.json")), process)
     workers = children(process.pid)
     assert workers
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
-    output = process.communicate(timeout=90)[0]
-    assert process.returncode not in (0, None) and "DataLoader worker" in output, output[-2000:]
+    codes, output = started.wait(90)
+    assert codes != [0] and "DataLoader worker" in output, output[-2000:]
     assert any(run.glob("checkpoint-*/training_state.json"))
 
 

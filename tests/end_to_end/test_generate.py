@@ -1,24 +1,28 @@
 """`examples/generate.py`: restartable, independent of batches and processes."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from PIL import Image
 
 import generate
-from conftest import EXAMPLES, ROOT
+from exact_networks import small_unet
+from stf_diffusers import EDM
 from stf_diffusers.export import diffusers_pipeline, save_pipeline
-from test_export import PROCESSES, small_unet
+from tiny import Processes
+
+
+def network(channels, classes=None):
+    torch.manual_seed(0)
+    config = {name: value for name, value in small_unet(channels, 4).config.items() if not name.startswith("_")}
+    return UNet2DModel(**config | {"num_class_embeds": classes})
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    save_pipeline(diffusers_pipeline(small_unet(3, classes=3), PROCESSES["edm"]), folder)
+    save_pipeline(diffusers_pipeline(network(3, classes=3), EDM()), folder)
     return folder
 
 
@@ -49,11 +53,8 @@ def test_images_do_not_depend_on_batches_processes_or_interruptions(model, tmp_p
     assert np.abs(pixels(tmp_path / "two").astype(int) - expected).max() <= 1
     assert generate.image_path(tmp_path / "two", 0).stat().st_mtime_ns == kept, "finished images are not redone"
 
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    launcher += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--main_process_port", str(30500 + os.getpid() % 1000), str(EXAMPLES / "generate.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*launcher, *run(model, tmp_path / "three")], env=environment, cwd=ROOT, check=True, timeout=240)
+    codes, said = Processes(generate.main, run(model, tmp_path / "three"), processes=2).wait()
+    assert codes == [0, 0], said[-3000:]
     assert np.abs(pixels(tmp_path / "three").astype(int) - expected).max() <= 1
 
 
@@ -68,9 +69,9 @@ def test_other_settings_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match="beyond the 2 asked for"):
         generate.main(run(model, tmp_path / "more", "--num_images", 2))
     retrained = tmp_path / "retrained"
-    other = small_unet(3, classes=3)
+    other = network(3, classes=3)
     torch.nn.init.ones_(other.conv_out.bias)
-    save_pipeline(diffusers_pipeline(other, PROCESSES["edm"]), retrained)
+    save_pipeline(diffusers_pipeline(other, EDM()), retrained)
     with pytest.raises(ValueError, match="begun with other settings: model"):
         generate.main(run(retrained, tmp_path / "more", "--num_images", 4))
     with pytest.raises(ValueError, match="--guidance_scale"):
@@ -81,7 +82,7 @@ def test_other_settings_are_refused(model, tmp_path):
 
 
 def test_channels_that_png_lacks(tmp_path):
-    save_pipeline(diffusers_pipeline(small_unet(5), PROCESSES["edm"]), tmp_path / "model")
+    save_pipeline(diffusers_pipeline(network(5), EDM()), tmp_path / "model")
     generate.main(run(tmp_path / "model", tmp_path / "five", "--num_images", 2, "--npz"))
     assert np.load(tmp_path / "five" / "samples.npz")["images"].shape == (2, 4, 4, 5)
     generate.main(run(tmp_path / "model", tmp_path / "five", "--num_images", 3))
@@ -89,7 +90,7 @@ def test_channels_that_png_lacks(tmp_path):
 
 
 def test_the_null_class_is_not_generated(tmp_path):
-    pipeline = diffusers_pipeline(small_unet(3, classes=4), PROCESSES["edm"], metadata={"null_label": 3})
+    pipeline = diffusers_pipeline(network(3, classes=4), EDM(), metadata={"null_label": 3})
     save_pipeline(pipeline, tmp_path / "model")
     generate.main(run(tmp_path / "model", tmp_path / "out", "--npz", "--guidance_scale", 2))
     assert np.load(tmp_path / "out" / "samples.npz")["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]

@@ -13,11 +13,11 @@ import pytest
 from huggingface_hub import HfApi
 from PIL import Image
 
-import hub_upload
 from exact_networks import small_unet
 from hub_server import Hub, serve
 from stf_diffusers import VE, STFPipeline
 from stf_diffusers.export import diffusers_pipeline, read_metadata
+from stf_diffusers.training import hub_upload
 from tiny import CPU, EXAMPLES, ROOT, TINY, TINY_TRANSFORMER, tiny_autoencoder
 
 # One process trains for all the tests that ask for `runs`.
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("hub")
 RUN = """
 import json, sys
 from unittest.mock import patch
-from image_data import load_split
+from stf_diffusers.training.data_set import load_split
 from tiny import train
 runs, data_sets = json.loads(sys.argv[1])
 said = {}

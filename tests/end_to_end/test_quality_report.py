@@ -3,75 +3,81 @@
 import json
 import shutil
 
-import evaluation
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
-from evaluation import as_pixels
 from PIL import Image
-from test_training import flags, launch, tiny_autoencoder, weights  # noqa: F401
-from training_log import TrainingLog
-from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 
 import quality_report
-import train_unconditional_stf as script
 from oracles import normal
 from stf_diffusers import VE, STFTrainingObjective, target_variance
-from stf_diffusers.quality import sample_quality, transformers_features
+from stf_diffusers.feature_extractors import transformers_features
+from stf_diffusers.quality import sample_quality
+from stf_diffusers.training import evaluation
+from stf_diffusers.training.sampling import as_pixels
+from stf_diffusers.training.training_log import TrainingLog
+from tiny import TINY, generators, launch, same, tiny_autoencoder, train, weights
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
+# One process trains the run that most tests read from.
+pytestmark = pytest.mark.xdist_group("evaluations")
+
+# Runs of a constant learning rate: one that is longer goes through the steps of a shorter one.
+EVALUATED = ["--max_train_steps", 6, "--checkpointing_steps", 2, "--lr_scheduler", "constant", "--lr_warmup_steps", 0]
 
 
 @pytest.fixture(scope="module")
-def extractor(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("extractor") / "tiny-resnet"
-    torch.manual_seed(0)
-    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")).save_pretrained(
-        folder
-    )
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+def finished(tmp_path_factory, image_folder, extractor):
+    """The folder of a run of six steps, evaluated after every second; with it its flags and its cache of features."""
+    root = tmp_path_factory.mktemp("evaluated")
+    (root / "net.json").write_text(json.dumps(TINY))
+    argv = [
+        "--train_data_dir", image_folder, "--model_config", root / "net.json", "--output_dir", root / "run",
+        "--train_batch_size", 4, "--num_samples", 2, "--num_inference_steps", 2, "--learning_rate", 1e-3,
+        "--report_to", "none", *EVALUATED, "--eval_steps", 2, "--eval_extractor", extractor, "--eval_num_samples", 7,
+        "--cache_dir", root / "cache",
+    ]  # fmt: skip
+    train(argv)
+    return root, argv
 
 
 @pytest.fixture
-def evaluated(flags, extractor, tmp_path, monkeypatch):  # noqa: F811
-    """Flags of a run of six steps, evaluated after every second, with a cache of its own."""
-    cache = ("--cache_dir", tmp_path / "cache")
-    return lambda *more: flags(
-        "--max_train_steps", 6, "--checkpointing_steps", 3, "--eval_steps", 2, "--eval_extractor", extractor,
-        "--eval_num_samples", 7, *cache, *more,
-    )  # fmt: skip
+def evaluated(finished, tmp_path):
+    """Flags of the same run in `run`, to which a test adds its own."""
+    return lambda *more: [*finished[1], "--output_dir", tmp_path / "run", *more]
+
+
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """That run as it was after step 4, copied to `run`; no evaluation has been recorded yet."""
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    for name in ("checkpoint-6", "best"):
+        shutil.rmtree(tmp_path / "run" / name)
+    for name in ("evaluations.json", "model_index.json"):
+        (tmp_path / "run" / name).unlink()
+    return tmp_path / "run"
 
 
 def records(folder):
     return json.loads((folder / "evaluations.json").read_text())
 
 
-def test_evaluations_are_recorded_and_the_best_is_kept(evaluated, extractor, image_folder, tmp_path, caplog):
-    caplog.set_level("INFO")
-    train(evaluated())
-    found = records(tmp_path / "run")
+def test_evaluations_are_recorded_and_the_best_is_kept(finished, extractor, image_folder):
+    run = finished[0] / "run"
+    found = records(run)
     assert [record["step"] for record in found] == [2, 4, 6]
-    best = json.loads((tmp_path / "run" / "best" / "evaluation.json").read_text())
+    best = json.loads((run / "best" / "evaluation.json").read_text())
     assert best == min(found, key=lambda record: record["frechet_distance"])
-    assert (
-        "7 samples" in best["measured"]
-        and f"24 of {image_folder.name}, training split" in best["measured"]
-        and best["limits"]
-    )
-    kept = DiffusionPipeline.from_pretrained(tmp_path / "run" / "best")
+    assert "7 samples" in best["measured"] and f"24 of {image_folder.name}, training split" in best["measured"]
+    assert best["limits"]
+    kept = DiffusionPipeline.from_pretrained(run / "best")
     assert kept.scheduler.config["_stf"]["steps"] == best["step"]
-    assert f"{best['frechet_distance']:.4g}" in (tmp_path / "run" / "best" / "README.md").read_text()
+    assert f"{best['frechet_distance']:.4g}" in (run / "best" / "README.md").read_text()
     # The last pipeline's card has its own numbers, and they are those of its images.
-    assert f"{found[-1]['frechet_distance']:.4g}" in (tmp_path / "run" / "README.md").read_text()
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
-    images = [
-        pipeline(generator=torch.Generator().manual_seed(script.seed_for(0, k)), num_inference_steps=2).images[0]
-        for k in range(7)
-    ]
+    assert f"{found[-1]['frechet_distance']:.4g}" in (run / "README.md").read_text()
+    pipeline = DiffusionPipeline.from_pretrained(run)
+    images = [pipeline(generator=draw, num_inference_steps=2).images[0] for draw in generators(7)]
     features = transformers_features(extractor)
     data = torch.cat([as_pixels([Image.open(path)]) for path in sorted(image_folder.rglob("*.png"))])
     stamp = {"extractor": "x", "reference": "x", "sampler": "x", "seeds": "x"}
@@ -80,96 +86,77 @@ def test_evaluations_are_recorded_and_the_best_is_kept(evaluated, extractor, ima
     assert found[-1]["recall"] == expected.recall
 
 
-def test_evaluation_changes_nothing_in_the_training(evaluated, flags, tmp_path):  # noqa: F811
-    train(evaluated())
-    train(flags("--max_train_steps", 6, "--output_dir", tmp_path / "plain"))
-    left, right = weights(tmp_path / "run"), weights(tmp_path / "plain")
-    assert all(left[name].equal(right[name]) for name in left)
+def test_evaluation_changes_nothing_in_the_training(finished, flags, tmp_path):
+    train(flags(*EVALUATED))
+    assert same(weights(finished[0] / "run"), weights(tmp_path / "run"))
 
 
-def test_stopped_runs_catch_up_on_evaluations(evaluated, tmp_path):
+def test_stopped_runs_catch_up_on_evaluations(finished, stopped, evaluated):
     """What was due at the checkpoint's step and did not happen is done first; what came after it comes again."""
-    train(evaluated("--checkpointing_steps", 2))
-    whole = records(tmp_path / "run")
-    shutil.copytree(tmp_path / "run", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoint-6")
+    whole = records(finished[0] / "run")
     # Killed between the checkpoint of step 4 and its evaluation.
-    (tmp_path / "cut" / "evaluations.json").write_text(json.dumps(whole[:1]))
-    shutil.rmtree(tmp_path / "cut" / "best")
-    (tmp_path / "cut" / "model_index.json").unlink()
-    train(
-        evaluated("--checkpointing_steps", 2, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")
-    )
-    assert records(tmp_path / "cut") == whole
+    (stopped / "evaluations.json").write_text(json.dumps(whole[:1]))
+    train(evaluated("--resume_from_checkpoint", "latest"))
+    assert records(stopped) == whole
 
 
-def test_a_run_that_dies_while_the_best_is_saved_comes_back_to_it(evaluated, tmp_path, monkeypatch):
+def test_a_run_that_dies_while_the_best_is_saved_comes_back_to_it(finished, stopped, evaluated, monkeypatch):
     """A full disk, after a first evaluation that went well."""
-    same = ("--checkpointing_steps", 2, "--lr_scheduler", "constant")
-    train(evaluated(*same))
-    expected = records(tmp_path / "run")
-    train(evaluated(*same, "--overwrite_output_dir", "--max_train_steps", 4))
-    shutil.rmtree(tmp_path / "run" / "best")
-    (tmp_path / "run" / "evaluations.json").unlink()
     save = evaluation.save_pipeline
 
     def full(*arguments, **keywords):
         save(*arguments, **keywords)
         raise OSError("No space left on device")
 
-    again = (*same, "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-4")
     monkeypatch.setattr(evaluation, "save_pipeline", full)
     with pytest.raises(OSError, match="evaluation cannot be written"):
-        train(evaluated(*again))
-    assert not (tmp_path / "run" / "evaluations.json").exists()
+        train(evaluated("--resume_from_checkpoint", "latest"))
+    assert not (stopped / "evaluations.json").exists()
     monkeypatch.setattr(evaluation, "save_pipeline", save)
-    train(evaluated(*again))
-    found = records(tmp_path / "run")
-    assert found == expected[1:]
-    best = json.loads((tmp_path / "run" / "best" / "evaluation.json").read_text())
+    train(evaluated("--resume_from_checkpoint", "latest"))
+    found = records(stopped)
+    assert found == records(finished[0] / "run")[1:]
+    best = json.loads((stopped / "best" / "evaluation.json").read_text())
     assert best == min(found, key=lambda record: record["frechet_distance"])
 
 
-def test_the_best_of_another_run_is_no_rival(evaluated, tmp_path):
+def test_the_best_of_another_run_is_no_rival_and_features_are_computed_once(finished, evaluated, tmp_path):
     """Of a run that left no checkpoint, in the same folder, measured alike."""
-    train(evaluated())
-    expected = (tmp_path / "run" / "best" / "evaluation.json").read_text()
+    root = finished[0]
+    (cached,) = (root / "cache").rglob("*.safetensors")
+    before = cached.stat().st_mtime_ns
+    expected = (root / "run" / "best" / "evaluation.json").read_text()
     stale = json.loads(expected) | {"step": 1, "frechet_distance": 1e-9}
-    (tmp_path / "other" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best").mkdir(parents=True)
     for path in ("evaluations.json", "best/evaluation.json"):
-        (tmp_path / "other" / path).write_text(json.dumps([stale] if path == "evaluations.json" else stale))
-    train(evaluated("--output_dir", tmp_path / "other"))
-    assert (tmp_path / "other" / "best" / "evaluation.json").read_text() == expected
-    assert [record["step"] for record in records(tmp_path / "other")] == [2, 4, 6]
-
-
-def test_overwriting_forgets_the_evaluations(evaluated, flags, tmp_path):  # noqa: F811
+        (tmp_path / "run" / path).write_text(json.dumps([stale] if path == "evaluations.json" else stale))
     train(evaluated())
+    assert (tmp_path / "run" / "best" / "evaluation.json").read_text() == expected
+    assert records(tmp_path / "run") == records(root / "run")
+    assert cached.stat().st_mtime_ns == before
+
+
+def test_overwriting_forgets_the_evaluations(stopped, finished, flags):
+    shutil.copytree(finished[0] / "run" / "best", stopped / "best")
+    shutil.copy(finished[0] / "run" / "evaluations.json", stopped)
     train(flags("--overwrite_output_dir"))
-    assert not (tmp_path / "run" / "best").exists() and not (tmp_path / "run" / "evaluations.json").exists()
+    assert not (stopped / "best").exists() and not (stopped / "evaluations.json").exists()
 
 
 def test_two_processes_share_an_evaluation(evaluated, tmp_path):
     """Of the same network, so before any training moves them apart: a learning rate of nearly nothing."""
-    same = ("--learning_rate", 1e-30, "--no-use_ema")
-    launch(evaluated(*same, "--output_dir", tmp_path / "one"))
-    launch(evaluated(*same, "--output_dir", tmp_path / "two", "--cache_dir", tmp_path / "other"), processes=2)
-    found = [records(tmp_path / name) for name in ("one", "two")]
+    still = ("--learning_rate", 1e-30, "--no-use_ema", "--max_train_steps", 2)
+    for count in (1, 2):
+        own = ["--output_dir", tmp_path / str(count), "--cache_dir", tmp_path / f"cache-{count}"]
+        launch(evaluated(*still, *own), processes=count)
+    found = [records(tmp_path / str(count)) for count in (1, 2)]
     for left, right in zip(*found, strict=True):
         assert left["measured"] == right["measured"]
         assert left["frechet_distance"] == pytest.approx(right["frechet_distance"], rel=1e-4)
-    (features,) = (tmp_path / "cache").rglob("*.safetensors")
-    (others,) = (tmp_path / "other").rglob("*.safetensors")
+    (features,) = (tmp_path / "cache-1").rglob("*.safetensors")
+    (others,) = (tmp_path / "cache-2").rglob("*.safetensors")
     assert features.name == others.name
     assert features.read_bytes() == others.read_bytes()
-
-
-def test_features_of_the_data_are_computed_once(evaluated, tmp_path, caplog):
-    train(evaluated())
-    (path,) = (tmp_path / "cache").rglob("*.safetensors")
-    before = path.stat().st_mtime_ns
-    train(evaluated("--overwrite_output_dir"))
-    assert path.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -203,24 +190,6 @@ def test_labels_are_drawn_from_the_data(image_folder, extractor, evaluated, tmp_
     train(evaluated(*more))
     # 0 is bright. Four standard errors of a share of 1/4 among 400.
     assert abs(np.mean(drawn) - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
-
-
-WRONG = {
-    "no extractor": (["--eval_steps", 2], "need each other"),
-    "no steps": (["--eval_extractor", "x"], "need each other"),
-    "no such extractor": (["--eval_steps", 2, "--eval_extractor", "/nowhere"], "--eval_extractor /nowhere"),
-    "too few": (["--eval_num_samples", 4], "must be at least 5"),
-    "a stream": (["--eval_steps", 2, "--eval_extractor", "x", "--streaming"], "does not keep"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_evaluations_are_refused_before_anything_is_written(case, flags, tmp_path, capsys):  # noqa: F811
-    more, message = WRONG[case]
-    with pytest.raises((ValueError, SystemExit)) as raised:
-        train(flags(*more))
-    assert message in str(raised.value) + capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 def samples_folder(folder, data, copies):
@@ -288,6 +257,7 @@ def test_wrong_input_to_the_report(image_folder, extractor, tmp_path):
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.usefixtures("fresh_accelerate_state")
 def test_variance_removed_is_that_of_the_report():
     """What training logs has the expectation V_DSM - V_STF(n): within four combined standard errors."""
     data, process, n, level = normal(12, 1, 2, 2), VE(), 5, 1.5

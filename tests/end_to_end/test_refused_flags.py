@@ -72,7 +72,7 @@ WRONG = {
     "bank of n": (["--reference", "bank", "--reference_batch_size", 8], "uses all images"),
     "device of a batch": (["--reference_device", "disk"], "needs --reference bank"),
     "references for dsm": (["--objective", "dsm", "--reference_batch_size", 8], "no effect with --objective dsm"),
-    "foreign parameter": (["--noise_process", "vp", "--p_mean", 0], "--p_mean is no parameter of --noise_process vp"),
+    "foreign parameter": (["--noise_process", "vp", "--p_mean", 0], "--p_mean is not a parameter of --noise_process vp"),
     "range upside down": (["--noise_process", "ve", "--sigma_min", 5, "--sigma_max", 1], "sigma_min < sigma_max"),
     "noise lost in float32": (["--noise_process", "ve", "--sigma_min", "1e-4"], "Raise sigma_min"),
     "missing column": (["--image_column", "picture"], "has the columns"),
@@ -86,7 +86,7 @@ WRONG = {
     # Conditions and latents.
     "dropout without classes": (["--class_dropout", 0.1], "needs --class_conditional"),
     "latents without autoencoder": (["--latents", "mean"], "needs --vae"),
-    "turned latents": (["--vae", "{vae}", "--reorient", 0.5], "turned latents are no latents"),
+    "turned latents": (["--vae", "{vae}", "--reorient", 0.5], "turned latents are not latents"),
     "latents on disk": (
         ["--vae", "{vae}", "--latents", "mean", "--reference", "bank", "--reference_device", "disk"], "keeps images"
     ),
@@ -99,7 +99,7 @@ WRONG = {
     "transformer on edm": (["--model_config", "{dit}", "--vae", "{vae}"], "--noise_process vp or flow"),
     "transformer turned": (["--model_config", "{dit}", "--reorient", 0.5], "needs a UNet2DModel"),
     "logit of uniform times": (["--noise_process", "flow", "--logit_mean", 1], "needs --time_distribution"),
-    "times of another process": (["--time_distribution", "uniform"], "no parameter of --noise_process edm"),
+    "times of another process": (["--time_distribution", "uniform"], "not a parameter of --noise_process edm"),
     "no autoencoder": (["--vae", "/no/such/folder"], "/no/such/folder"),
     "grey images": (["--vae", "{vae}", "--image_mode", "L"], "--image_mode RGB"),
     "unknown network": (["--model_config", "{vae}/config.json"], "must be the config of a UNet2DModel or a DiT"),

@@ -2,38 +2,22 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from scipy.optimize import brentq
-from test_training import TINY, launch, same, weights
 
 import reconstruct_ema
-import train_unconditional_stf as script
-from conftest import EXAMPLES, ROOT
 from oracles import images, normal
 from stf_diffusers import EDM, STFTrainingObjective
+from tiny import TINY, Processes, launch, train, weights
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
-
-
-@pytest.fixture
-def flags(tmp_path, image_folder):
-    (tmp_path / "net.json").write_text(json.dumps(TINY))
-    base = [
-        "--train_data_dir", image_folder, "--model_config", tmp_path / "net.json", "--output_dir", tmp_path / "run",
-        "--train_batch_size", 4, "--num_samples", 1, "--num_inference_steps", 2,
-    ]  # fmt: skip
-    return lambda *more: [str(flag) for flag in (*base, *more)]
 
 
 def scalars(folder, name):
@@ -91,7 +75,7 @@ def parts(count):
         yield reference[rows], {"t": t[rows], "noise": noise[rows], "reference": reference}, torch.arange(8)[rows]
 
 
-def train(accelerator, unet, optimizer, batches):
+def steps(accelerator, unet, optimizer, batches):
     objective = STFTrainingObjective(EDM())
     model, optimizer = accelerator.prepare(unet, optimizer)
     for clean, keywords, index in batches:
@@ -105,27 +89,28 @@ def train(accelerator, unet, optimizer, batches):
 
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
 def test_micro_batches_equal_one_batch(accumulation):
-    expected = train(Accelerator(cpu=True), *toy(), parts(1))
-    found = train(
-        Accelerator(cpu=True, gradient_accumulation_steps=accumulation), *toy(), parts(accumulation)
-    )  # fmt: skip
+    expected = steps(Accelerator(cpu=True), *toy(), parts(1))
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    found = steps(Accelerator(cpu=True, gradient_accumulation_steps=accumulation), *toy(), parts(accumulation))
     assert (found - expected).abs().max() < 1e-6
     assert (expected - torch.cat([p.detach().flatten() for p in toy()[0].parameters()])).abs().max() > 1e-3
 
 
+def half_of_a_step(path):
+    """One process of two."""
+    accelerator = Accelerator()
+    rank = accelerator.process_index
+    result = steps(accelerator, *toy(), list(parts(2))[rank : rank + 1])
+    if accelerator.is_main_process:
+        torch.save(result, path)
+    accelerator.end_training()
+
+
 def test_two_processes_equal_one(tmp_path):
-    expected = train(Accelerator(cpu=True), *toy(), parts(1))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    command += [str(32500 + os.getpid() % 1000), __file__, str(tmp_path / "weights.pt")]
-    paths = [str(ROOT / "tests"), str(ROOT / "tests" / "end_to_end"), str(EXAMPLES)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    expected = steps(Accelerator(cpu=True), *toy(), parts(1))
+    codes, said = Processes(half_of_a_step, tmp_path / "weights.pt", processes=2).wait()
+    assert codes == [0, 0], said[-3000:]
     assert (torch.load(tmp_path / "weights.pt", weights_only=True) - expected).abs().max() < 1e-6
 
 
@@ -153,72 +138,6 @@ def test_averages_are_stepped_once_per_optimizer_step(accumulation, flags, tmp_p
         for name in names:
             assert saved[name].dtype == torch.float32
             torch.testing.assert_close(saved[name].double(), average[name], rtol=0, atol=1e-6)
-
-
-def test_sampling_and_saving_leave_the_weights_alone(flags, tmp_path):
-    steps = ["--max_train_steps", 4, "--report_to", "none"]
-    train(flags(*steps))
-    train(
-        flags(
-            *steps,
-            "--output_dir",
-            tmp_path / "busy",
-            "--sample_steps",
-            1,
-            "--checkpointing_steps",
-            1,
-            "--logging_steps",
-            1,
-        )
-    )
-    for name in ("unet", "unet_raw"):
-        assert same(weights(tmp_path / "run", name), weights(tmp_path / "busy", name))
-
-
-@pytest.mark.parametrize(
-    ("mode", "device", "word"),
-    [(DistributedType.NO, "mps", "targets need float64"), (DistributedType.NO, "xpu", "targets need float64"),
-     (DistributedType.FSDP, "cuda", "data parallelism"), (DistributedType.DEEPSPEED, "cuda", "data parallelism")],
-)  # fmt: skip
-def test_devices_and_modes_that_are_refused(mode, device, word):
-    with pytest.raises(ValueError, match=word):
-        script.check_mode(mode, torch.device(device))
-    script.check_mode(DistributedType.MULTI_GPU, torch.device("cuda", 1))
-
-
-@pytest.mark.parametrize("mode", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_modes_that_are_not_supported_are_refused(mode, flags, tmp_path, monkeypatch):
-    """As `accelerate launch` asks for them."""
-    monkeypatch.setenv(f"ACCELERATE_USE_{mode}", "true")
-    with pytest.raises(ValueError, match=rf"{mode} is not supported\. Use data parallelism"):
-        train(flags("--max_train_steps", 1, "--report_to", "none"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_other_data_is_refused_on_resume(flags, tmp_path, image_folder):
-    """As many images, of the same shape, but others."""
-    import shutil
-
-    from PIL import Image
-
-    train(flags("--max_train_steps", 1, "--checkpointing_steps", 1, "--report_to", "none"))
-    shutil.copytree(image_folder, tmp_path / "other")
-    first = next((tmp_path / "other").rglob("00.png"))
-    Image.new("RGB", (8, 8), (1, 2, 3)).save(first)
-    with pytest.raises(ValueError, match="belongs to another run: data_digest"):
-        train(
-            flags("--max_train_steps", 2, "--report_to", "none", "--train_data_dir", tmp_path / "other",
-                  "--resume_from_checkpoint", "latest")
-        )  # fmt: skip
-
-
-if __name__ == "__main__":
-    accelerator = Accelerator()
-    rank = accelerator.process_index
-    result = train(accelerator, *toy(), list(parts(2))[rank : rank + 1])
-    if accelerator.is_main_process:
-        torch.save(result, sys.argv[1])
-    accelerator.end_training()
 
 
 def test_post_hoc_averages(flags, tmp_path):
@@ -258,5 +177,5 @@ def test_post_hoc_averages(flags, tmp_path):
         assert DiffusionPipeline.from_pretrained(tmp_path / str(sigma_rel)).unet.config.in_channels == 3
     with pytest.raises(ValueError, match=r"below 0\.288"):
         reconstruct_ema.main([f"--model={run}", "--sigma_rel=0.5", f"--output_dir={tmp_path / 'wide'}"])
-    with pytest.raises(ValueError, match="Train with --post_hoc_ema"):
+    with pytest.raises(ValueError, match="Train with post_hoc_ema=True"):
         reconstruct_ema.main([f"--model={tmp_path / 'none'}", "--sigma_rel=0.1", f"--output_dir={tmp_path / 'wide'}"])

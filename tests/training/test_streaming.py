@@ -1,35 +1,17 @@
-"""Training from a stream: its law by enumeration, its order, an exact resume, and what is refused."""
+"""A stream of images: its law by enumeration, its order, and what is refused."""
 
 import itertools
-import json
-import shutil
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from image_data import ImageReader, load_split
 from PIL import Image
-from streaming import ImageStream
-from test_training import TINY, launch, same, weights
 
-import train_unconditional_stf as script
 from stf_diffusers import VE, STFTrainingObjective
-
-pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
-
-
-@pytest.fixture
-def flags(tmp_path, image_folder):
-    (tmp_path / "net.json").write_text(json.dumps(TINY))
-    base = [
-        "--train_data_dir", image_folder, "--model_config", tmp_path / "net.json", "--output_dir", tmp_path / "run",
-        "--train_batch_size", 4, "--max_train_steps", 4, "--num_samples", 2, "--num_inference_steps", 2, "--streaming",
-        "--lr_warmup_steps", 0, "--learning_rate", 1e-3, "--report_to", "none", "--lr_scheduler", "constant",
-    ]  # fmt: skip
-    return lambda *more: [str(flag) for flag in (*base, *more)]
+from stf_diffusers.training.data_set import load_split
+from stf_diffusers.training.image_data import ImageReader
+from stf_diffusers.training.streaming import ImageStream
 
 
 def numbered(count, shards=1):
@@ -132,36 +114,6 @@ def test_processes_share_the_stream_out(shards):
     assert not set(values[0]) & set(values[1])
 
 
-def test_trains_resumes_and_matches_what_is_not_interrupted(flags, tmp_path, caplog):
-    caplog.set_level("INFO")
-    more = ["--reference_batch_size", 9, "--random_flip", "--class_conditional", "--class_dropout", 0.3]
-    more += ["--checkpointing_steps", 2]
-    train(flags(*more, "--max_train_steps", 9))
-    assert (
-        "n = 9 references, the buffer of the stream" in caplog.text and "a stream of images of (3, 8, 8)" in caplog.text
-    )
-    train(flags(*more, "--max_train_steps", 4, "--output_dir", tmp_path / "stopped"))
-    argv = [*more, "--output_dir", tmp_path / "stopped", "--resume_from_checkpoint", "latest"]
-    train(flags(*argv, "--max_train_steps", 9))
-    assert same(weights(tmp_path / "run", "unet_raw"), weights(tmp_path / "stopped", "unet_raw"))
-    metadata = json.loads((tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text())["_stf"]
-    assert metadata["reference"] == "stream" and metadata["reference_batch_size"] == 9
-
-
-def test_two_processes(flags, tmp_path):
-    """One noise process and one buffer size, measured on the images of both; and an exact resume."""
-    more = ["--sigma_data", "auto", "--checkpointing_steps", 2]
-    output = launch(flags(*more), processes=2)
-    assert "n = 12 references, the buffer of the stream" in output
-    levels = np.concatenate([np.asarray(Image.open(path)).ravel() for path in Path(flags()[1]).rglob("*.png")])
-    config = json.loads((tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text())
-    assert config["sigma_data"] == pytest.approx(np.std(levels / 127.5 - 1), abs=1e-4)
-    ended = weights(tmp_path / "run", "unet_raw")
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    assert "Resumed after step 2" in launch(flags(*more, "--resume_from_checkpoint", "latest"), processes=2)
-    assert same(ended, weights(tmp_path / "run", "unet_raw"))
-
-
 def test_labels_beyond_the_declared_classes_are_named(tmp_path):
     dataset = numbered(6).map(lambda row: {**row, "label": 2 if row["label"] else 0}, features=numbered(6).features)
     stream = ImageStream(dataset, "image", "label", ImageReader("L", 2, True), 1, 2, 0, num_classes=2)
@@ -178,41 +130,3 @@ def test_what_can_be_streamed(kind, tmp_path):
         rows.to_parquet(name) if kind == "parquet" else rows.save_to_disk(name)
     found = load_split(name, streaming=True)
     assert isinstance(found, datasets.IterableDataset) and isinstance(next(iter(found))["image"], Image.Image)
-
-
-WRONG = {
-    "no end": (["--max_train_steps"], "--streaming needs --max_train_steps"),
-    "a bank": (["--reference", "bank"], "would bias"),
-    "shared": (["--share_reference"], "would bias"),
-    "latents": (["--vae", "x"], "leave --vae"),
-    "workers": (["--dataloader_num_workers", 2], "leave --vae and --dataloader_num_workers out"),
-    "too few": (["--reference_batch_size", 25], "the stream has 24 images for each process"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input(case, flags, tmp_path, capsys):
-    more, message = WRONG[case]
-    argv = flags(*more)
-    if more == ["--max_train_steps"]:
-        at = argv.index("--max_train_steps")
-        argv = argv[:at] + argv[at + 2 : -1]
-    with pytest.raises((ValueError, SystemExit)) as refusal:
-        train(argv)
-    assert message in str(refusal.value) + capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_broken_image_late_in_the_stream_is_named(tmp_path, flags):
-    rows = [{"image": {"bytes": example["image"]["bytes"], "path": None}} for example in raw(30)]
-    rows[25]["image"]["bytes"] = b"no image"
-    features = datasets.Features({"image": datasets.Image()})
-    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data.parquet")
-    argv = [flag for flag in flags() if flag != "--train_data_dir"]
-    argv[0:1] = ["--dataset_name", str(tmp_path / "data.parquet")]
-    with pytest.raises(ValueError, match=r"image 25 cannot be decoded: .* Repair it or leave it out"):
-        train([*argv, "--reference_batch_size", "8", "--max_train_steps", "20", "--resolution", "8"])
-
-
-def raw(count):
-    return list(numbered(count).cast_column("image", datasets.Image(decode=False)))
