@@ -38,10 +38,8 @@ class WeightAverage(ABC):
 
     @abstractmethod
     def load(self, checkpoint: Path) -> None:
-        """Read what `save` wrote.
-
-        Raises:
-            OSError, RuntimeError, SafetensorError: the file is missing, damaged, or of another network.
+        """Read what `save` wrote. Raises whatever the reader raises where the file is missing, damaged, or of another
+        network.
         """
 
 
