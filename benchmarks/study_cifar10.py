@@ -40,7 +40,7 @@ from stf_diffusers.export import network_of
 from stf_diffusers.feature_extractors import FeatureExtractor, transformers_features
 from stf_diffusers.metrics import FeatureStatistics, nearest_neighbors
 from stf_diffusers.quality import sample_quality
-from stf_diffusers.training.checkpoints import AVERAGE
+from stf_diffusers.training.averages import AVERAGE
 from stf_diffusers.training.data_set import find_image_column, load_split
 from stf_diffusers.training.evaluation import data_features
 from stf_diffusers.training.image_data import ImageColumn, decode_all, make_reader

@@ -43,7 +43,6 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from stf_diffusers import STFTrainingObjective
@@ -52,7 +51,7 @@ from stf_diffusers.model_card import model_card
 from stf_diffusers.noise import NOISE_PROCESSES
 from stf_diffusers.training import run_folder
 from stf_diffusers.training.autoencoder import check_fit, digest_of_autoencoder, load_autoencoder
-from stf_diffusers.training.averages import PostHocAverages
+from stf_diffusers.training.averages import ExponentialAverage, PostHocAverages
 from stf_diffusers.training.checkpoints import check_finite, load_checkpoint, read_step, save_checkpoint
 from stf_diffusers.training.conditioning import reoriented
 from stf_diffusers.training.data_set import load_split
@@ -362,7 +361,7 @@ def in_flags(message: str, flags: list[str]) -> str:
     names = "|".join({**FLAG_OF, **dict.fromkeys(flags)})
 
     def flag(match: re.Match[str]) -> str:
-        name, value = FLAG_OF.get(match[1], match[1]), match[2].strip("'")
+        name, value = FLAG_OF.get(match[1], match[1]), (match[2] or "").strip("'")
         # A flag that is on or off has no value on the command line.
         return f"--{name} {value}" if value not in ("", "True") else f"--{name}"
 
@@ -630,9 +629,10 @@ def main(argv: list[str] | None = None) -> None:
             network.compile()
         ema = None
         if args.use_ema:
-            warmup = {"use_ema_warmup": True, "inv_gamma": args.ema_inv_gamma, "power": args.ema_power}
-            ema = EMAModel(network.parameters(), decay=args.ema_max_decay, **warmup)
-        post_hoc = PostHocAverages(network) if args.post_hoc_ema else None
+            ema = ExponentialAverage(
+                network, inv_gamma=args.ema_inv_gamma, power=args.ema_power, max_decay=args.ema_max_decay
+            )
+        averages = [average for average in (ema, PostHocAverages(network) if args.post_hoc_ema else None) if average]
 
         # ---- resume
         manifest = {
@@ -645,7 +645,7 @@ def main(argv: list[str] | None = None) -> None:
         }  # fmt: skip
         if resume is not None:
             first_step = read_step(resume, manifest)
-            load_checkpoint(accelerator, resume, network, ema, post_hoc)
+            load_checkpoint(accelerator, resume, averages)
             logger.info("Resumed after step %d from %s.", first_step, resume)
             if first_step >= max_steps:
                 logger.warning("All %d steps are done: only the pipeline is saved. See --max_train_steps.", max_steps)
@@ -673,7 +673,7 @@ def main(argv: list[str] | None = None) -> None:
             averaged = type(network).from_config(network.config).to(device).eval()
             averaged.load_state_dict(network.state_dict())
             if ema is not None:
-                ema.copy_to(averaged.parameters())
+                ema.copy_to(averaged)
             metadata = {**manifest["run"], "steps": step, "images_seen": step * images_per_step}
             metadata |= {"dataset": data_name, "license": args.model_license, "vae": public_name(args.vae)}
             return diffusers_pipeline(averaged, process, vae=vae, metadata=metadata, **sampling_range)
@@ -756,10 +756,8 @@ def main(argv: list[str] | None = None) -> None:
             learning_rate = lr_scheduler.get_last_lr()[0]
             if not accelerator.optimizer_step_was_skipped:
                 lr_scheduler.step()
-                if ema is not None:
-                    ema.step(network.parameters())
-                if post_hoc is not None:
-                    post_hoc.step()
+                for average in averages:
+                    average.step()
             progress.update()
             target_share.step_done()
 
@@ -775,9 +773,7 @@ def main(argv: list[str] | None = None) -> None:
                     accelerator.log(report, step=step)
             if checkpoint_due or stopping:
                 check_finite(network, step)
-                save_checkpoint(
-                    accelerator, output_dir, step, network, ema, post_hoc, manifest, args.checkpoints_total_limit
-                )
+                save_checkpoint(accelerator, output_dir, step, averages, manifest, args.checkpoints_total_limit)
             if stopping:
                 logger.info("Stopped by a signal after step %d; --resume_from_checkpoint latest continues.", step)
                 end(accelerator, hub, output_dir, patience=20)

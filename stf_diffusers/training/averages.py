@@ -1,12 +1,15 @@
-"""Averages of the weights whose width is chosen after the training (Karras et al. 2024, arXiv 2312.02696, section 3)."""
+"""Averages of the weights: an exponential one, and others whose width is chosen after the training."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,13 +18,75 @@ from ..export import Network
 from ..files import replacing
 from .run_folder import SNAPSHOTS
 
-# Widths of the two averages that are kept, as in the paper.
+# The exponential average, and those of post-hoc EMA, in a checkpoint.
+AVERAGE, POST_HOC_AVERAGES = "ema.safetensors", "post_hoc_ema.safetensors"
+
+# Widths of the two averages that post-hoc EMA keeps, as in the paper.
 SIGMA_RELS = (0.05, 0.10)
-FILE = "post_hoc_ema.safetensors"
 
 
-class PostHocAverages:
-    """Two power-function averages of a network's weights, in float32, of which snapshots are kept.
+class WeightAverage(ABC):
+    """An average of a network's weights over the training, as a loop and its checkpoints use it."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Take in the network's weights, after each optimizer step."""
+
+    @abstractmethod
+    def save(self, checkpoint: Path, output_dir: Path, step: int) -> None:
+        """Write it into the checkpoint of `step`, which is being written, in the run's folder `output_dir`."""
+
+    @abstractmethod
+    def load(self, checkpoint: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            OSError, RuntimeError, SafetensorError: the file is missing, damaged, or of another network.
+        """
+
+
+class ExponentialAverage(WeightAverage):
+    """An exponential moving average with warm-up, Diffusers' own `EMAModel`, in float32.
+
+    Its decay after k steps is ``1 - (1 + k / inv_gamma)^-power``, at most `max_decay`.
+
+    Args:
+        network: the network.
+        inv_gamma, power, max_decay: of the decay.
+    """
+
+    def __init__(
+        self, network: Network, *, inv_gamma: float = 1.0, power: float = 3 / 4, max_decay: float = 0.9999
+    ) -> None:
+        self._network = network
+        self._average = EMAModel(
+            network.parameters(), decay=max_decay, use_ema_warmup=True, inv_gamma=inv_gamma, power=power
+        )
+
+    def step(self) -> None:
+        self._average.step(self._network.parameters())
+
+    def copy_to(self, network: Network) -> None:
+        """Have another network of the same kind take the averaged weights."""
+        self._average.copy_to(network.parameters())
+
+    def save(self, checkpoint: Path, output_dir: Path, step: int) -> None:
+        scalars = self._average.state_dict()
+        averages = scalars.pop("shadow_params")
+        names = [name for name, _ in self._network.named_parameters()]
+        named = dict(zip(names, averages, strict=True))
+        save_file(named, checkpoint / AVERAGE, metadata={"state": json.dumps(scalars)})
+
+    def load(self, checkpoint: Path) -> None:
+        with safe_open(checkpoint / AVERAGE, framework="pt") as file:
+            averages = [file.get_tensor(name) for name, _ in self._network.named_parameters()]
+            self._average.load_state_dict({**json.loads(file.metadata()["state"]), "shadow_params": averages})
+        self._average.to(self._network.device)
+
+
+class PostHocAverages(WeightAverage):
+    """Two power-function averages of a network's weights, in float32, from whose snapshots `reconstruct` makes one of any
+    width (Karras et al. 2024, arXiv 2312.02696, section 3).
 
     Args:
         network: the network; what is averaged is copied from it at each `step`.
@@ -48,28 +113,22 @@ class PostHocAverages:
         ]
 
     def step(self) -> None:
-        """After each optimizer step."""
         for average in self._averages:
             average.update()
 
     def save(self, checkpoint: Path, output_dir: Path, step: int) -> None:
-        """Into the checkpoint that is being written, and as a snapshot that rotation leaves alone."""
+        """Write them into the checkpoint, and as a snapshot that the rotation of checkpoints leaves alone."""
         state = {
             f"{number}.{name}": value.contiguous()
             for number, average in enumerate(self._averages)
             for name, value in average.state_dict().items()
         }
-        save_file(state, checkpoint / FILE, metadata={"step": str(step)})
+        save_file(state, checkpoint / POST_HOC_AVERAGES, metadata={"step": str(step)})
         with replacing(output_dir / SNAPSHOTS / f"step-{step:07d}.safetensors") as snapshot:
-            shutil.copyfile(checkpoint / FILE, snapshot)
+            shutil.copyfile(checkpoint / POST_HOC_AVERAGES, snapshot)
 
     def load(self, checkpoint: Path) -> None:
-        """What `save` wrote.
-
-        Raises:
-            OSError, RuntimeError: the file is missing, or does not fit.
-        """
-        state = load_file(checkpoint / FILE)
+        state = load_file(checkpoint / POST_HOC_AVERAGES)
         for number, average in enumerate(self._averages):
             own = {name: state[f"{number}.{name}"] for name in average.state_dict()}
             average.load_state_dict(own)

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers.training_utils import EMAModel
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..files import discard, settle
-from .averages import PostHocAverages
+from .averages import WeightAverage
 from .run_folder import CHECKPOINT_PREFIX, MANIFEST, complete_checkpoints, explained_write_errors
 
 logger = get_logger(__name__)
-
-AVERAGE = "ema.safetensors"
 
 
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
     step: int,
-    network: nn.Module,
-    ema: EMAModel | None,
-    post_hoc: PostHocAverages | None,
+    averages: Iterable[WeightAverage],
     manifest: dict[str, dict[str, Any]],
     limit: int | None = None,
 ) -> None:
@@ -40,8 +34,7 @@ def save_checkpoint(
         accelerator: has the model, optimizer and schedule prepared. Every process calls this.
         output_dir: the run's folder.
         step: number of optimizer steps done.
-        network: the network, whose parameters' names the average is saved under.
-        ema, post_hoc: averages of the weights, where there are any.
+        averages: of the weights.
         manifest: JSON values that a resumed run must share with this one ("run"), and that it should ("settings").
         limit: number of checkpoints to keep. None: all.
 
@@ -58,13 +51,8 @@ def save_checkpoint(
         accelerator.save_state(str(staging))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            if ema is not None:
-                scalars = ema.state_dict()
-                averages = scalars.pop("shadow_params")
-                named = {name: average for (name, _), average in zip(network.named_parameters(), averages, strict=True)}
-                save_file(named, staging / AVERAGE, metadata={"state": json.dumps(scalars)})
-            if post_hoc is not None:
-                post_hoc.save(staging, output_dir, step)
+            for average in averages:
+                average.save(staging, output_dir, step)
             (staging / MANIFEST).write_text(json.dumps({"step": step, **manifest}, indent=2))
             settle(staging, final)
             if limit is not None:
@@ -115,13 +103,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def load_checkpoint(
-    accelerator: Accelerator,
-    checkpoint: Path,
-    network: nn.Module,
-    ema: EMAModel | None,
-    post_hoc: PostHocAverages | None,
-) -> None:
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, averages: Iterable[WeightAverage]) -> None:
     """Load what `save_checkpoint` saved into the prepared objects and the averages. Torch files are read with weights_only.
 
     Raises:
@@ -129,13 +111,8 @@ def load_checkpoint(
     """
     try:
         accelerator.load_state(str(checkpoint), load_kwargs={"weights_only": True})
-        if ema is not None:
-            with safe_open(checkpoint / AVERAGE, framework="pt") as file:
-                averages = [file.get_tensor(name) for name, _ in network.named_parameters()]
-                ema.load_state_dict({**json.loads(file.metadata()["state"]), "shadow_params": averages})
-            ema.to(accelerator.device)
-        if post_hoc is not None:
-            post_hoc.load(checkpoint)
+        for average in averages:
+            average.load(checkpoint)
     except Exception as error:
         raise ValueError(
             f"{checkpoint} cannot be loaded: it is damaged, or of another network ({error}). Pass the run's own "
