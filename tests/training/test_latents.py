@@ -201,9 +201,7 @@ def test_draws_are_a_function_of_the_seed_and_the_list(caches):
     for cache in (plain, mirrored):
         scale = scale_of(vae, cache, True)
         column = LatentColumn(cache, scale, list(range(24)), seed=1)
-        assert (
-            len(column) == 24 and column.shape == (4, 4, 4) and column.in_memory is None
-        )
+        assert len(column) == 24 and column.shape == (4, 4, 4) and column.in_memory is None
         rows = random.Random(0).sample(range(24), 10)
         first = column.__getitems__(rows)
         assert sorted(first) == ["images", "index", "label"]
