@@ -190,7 +190,7 @@ def test_a_data_set_that_cannot_be_read_is_named(runs):
 def test_a_repository_that_cannot_be_made_says_what_to_do(fault, monkeypatch):
     hub = Hub()
     hub.faults["create"] = [fault] * 100
-    refused = pytest.raises(ValueError, match=r"somebody/blobs cannot be made or opened.*--hub_token")
+    refused = pytest.raises(ValueError, match=r"somebody/blobs cannot be made or opened.*hub_token=")
     with serve(hub) as endpoint, refused:
         uploader(endpoint, hub, monkeypatch)
 

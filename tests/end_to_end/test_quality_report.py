@@ -6,18 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 import quality_report
-from oracles import normal
-from stf_diffusers import VE, STFTrainingObjective, target_variance
 from stf_diffusers.feature_extractors import transformers_features
 from stf_diffusers.quality import sample_quality
 from stf_diffusers.training import evaluation
 from stf_diffusers.training.sampling import as_pixels
-from stf_diffusers.training.training_log import TrainingLog
 from tiny import TINY, generators, launch, same, tiny_autoencoder, train, weights
 
 # One process trains the run that most tests read from.
@@ -255,29 +251,3 @@ def test_wrong_input_to_the_report(image_folder, extractor, tmp_path):
     with pytest.raises(ValueError, match="alike in size"):
         report("--samples", tmp_path / "samples", "--extractor", extractor, "--sampler", "s", "--seeds", "0")
     assert not (tmp_path / "report").exists()
-
-
-@pytest.mark.usefixtures("fresh_accelerate_state")
-def test_variance_removed_is_that_of_the_report():
-    """What training logs has the expectation V_DSM - V_STF(n): within four combined standard errors."""
-    data, process, n, level = normal(12, 1, 2, 2), VE(), 5, 1.5
-    (row,) = target_variance(
-        process,
-        data,
-        [level],
-        reference_batch_sizes=[n],
-        num_samples=20_000,
-        generator=torch.Generator().manual_seed(1),
-    )
-    expected = (row.dsm.value - row.stf[n].value) / 4
-    accelerator = Accelerator(cpu=True)
-    objective, draws, values = STFTrainingObjective(process), torch.Generator().manual_seed(2), []
-    for _ in range(400):
-        log = TrainingLog(accelerator)
-        for _ in range(10):
-            reference = data[torch.randperm(len(data), generator=draws)[:n]]
-            batch = objective.perturb(reference[:2], reference=reference, t=torch.full((2,), level), generator=draws)
-            log.add(torch.zeros(()), batch, reference[:2], 1, torch.arange(2))
-        values.append(log.flush()["variance_removed/sigma_1_to_10"])
-    error = (np.var(values) / len(values) + (row.dsm.standard_error / 4) ** 2) ** 0.5
-    assert abs(np.mean(values) - expected) < 4 * error and error < 0.03 * expected
