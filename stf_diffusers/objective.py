@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .noise import NoiseProcess, expand_as_rows
-from .posterior import PosteriorMean, full_precision, pixels_to_float, posterior_mean
+from .posterior import PosteriorMean, full_precision, pixels_to_float
 from .prediction import prediction_coefficients
 from .reference_bank import ReferenceBank
-from .reference_set import ReferenceSet
+from .reference_set import ReferenceBatch, ReferenceSet
 from .scheduler_process import SchedulerProcess
 
 
@@ -70,8 +70,8 @@ class STFTrainingObjective:
             prediction_coefficients(prediction_type, torch.ones(1), torch.ones(1))
         self.process = process
         self.prediction_type = prediction_type
-        self._checked: tuple[Any, ...] | None = None
-        self._checked_set: tuple[Any, ...] | None = None
+        # By kind of reference set, what the sources were last compared for.
+        self._checked: dict[type, tuple[Any, ...]] = {}
 
     @classmethod
     def from_scheduler(cls, noise_scheduler: Any) -> STFTrainingObjective:
@@ -138,8 +138,8 @@ class STFTrainingObjective:
         if noise is None:
             device = generator.device if generator is not None else x0.device
             noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype)
-        mask = self._check_references(x0, reference, labels, reference_labels, source_index, num_unconditional)
-        batch = self._noised_batch(x0, noise, t, reference, mask, labels, source_index)
+        references = self._reference_set(x0, reference, labels, reference_labels, source_index, num_unconditional)
+        batch = self._noised_batch(x0, noise, t, references, labels, source_index)
         return replace(batch, model_input=batch.model_input.to(clean.dtype)) if clean.is_floating_point() else batch
 
     @torch.no_grad()
@@ -168,8 +168,8 @@ class STFTrainingObjective:
             (B, ...) in float32 (float64 for float64 images); without references, the DSM target bit for bit.
         """
         x0 = self._as_compute(clean)
-        mask = self._check_references(x0, reference, labels, reference_labels, source_index, num_unconditional)
-        return self._noised_batch(x0, noise, timesteps, reference, mask, labels, source_index).target
+        references = self._reference_set(x0, reference, labels, reference_labels, source_index, num_unconditional)
+        return self._noised_batch(x0, noise, timesteps, references, labels, source_index).target
 
     def loss(self, output: Tensor, batch: PerturbedBatch) -> Tensor:
         """Mean squared error between the network's output (B, ...) and `batch.target`, a float32 scalar.
@@ -200,8 +200,7 @@ class STFTrainingObjective:
         x0: Tensor,
         noise: Tensor,
         t: Tensor,
-        reference: Tensor | ReferenceSet | None,
-        mask: Tensor | None,
+        references: ReferenceSet | None,
         labels: Tensor | None,
         source_index: Tensor | None,
     ) -> PerturbedBatch:
@@ -236,13 +235,10 @@ class STFTrainingObjective:
 
             noisy = rows(alpha) * x0 + rows(sigma) * noise
             target = rows(a) * x0 + rows(b) * noise
-            if reference is None:
+            if references is None:
                 posterior = PosteriorMean(x0, torch.ones_like(alpha))
             else:
-                if isinstance(reference, ReferenceSet):
-                    posterior = reference.posterior_mean(noisy, alpha, sigma, source_index=source_index, labels=labels)
-                else:
-                    posterior = posterior_mean(noisy, reference, alpha=alpha, sigma=sigma, mask=mask)
+                posterior = references.posterior_mean(noisy, alpha, sigma, source_index=source_index, labels=labels)
                 target = target + rows(gain) * (posterior.mean - x0)
             return PerturbedBatch(
                 model_input=rows(scale) * noisy,
@@ -257,7 +253,7 @@ class STFTrainingObjective:
                 sigma=sigma,
             )
 
-    def _check_references(
+    def _reference_set(
         self,
         x0: Tensor,
         reference: Tensor | ReferenceSet | None,
@@ -265,8 +261,8 @@ class STFTrainingObjective:
         reference_labels: Tensor | None,
         source_index: Tensor | None,
         num_unconditional: int | None,
-    ) -> Tensor | None:
-        """Check that the sources are among the references; return which references each row may use, (B, n) or None.
+    ) -> ReferenceSet | None:
+        """The references as a set that is checked to contain the sources; None for the DSM target.
 
         Without its source a target is biased, and no loss curve shows it. Shapes are checked always. Values are
         compared at each call on the CPU; elsewhere at the first call and when shapes change, since comparing waits for
@@ -274,7 +270,17 @@ class STFTrainingObjective:
         """
         if reference is None:
             return None
-        if isinstance(reference, ReferenceSet):
+        if isinstance(reference, Tensor):
+            reference = ReferenceBatch(reference, reference_labels, num_unconditional)
+            reference.check_shapes(x0, source_index, labels)
+            seen: tuple[Any, ...] = (reference.images.shape, reference.images.dtype, x0.shape, x0.device)
+            seen += (labels is None, source_index is None)
+            searched = False
+        elif not isinstance(reference, ReferenceSet):
+            raise TypeError(
+                f"reference must be a tensor (n, ...), a ReferenceBank or None; got {type(reference).__name__}."
+            )
+        else:
             if reference_labels is not None:
                 raise ValueError(f"a {type(reference).__name__} has its own labels: leave reference_labels out.")
             if num_unconditional is not None:
@@ -283,89 +289,9 @@ class STFTrainingObjective:
                     "label -1 use all. Leave it out."
                 )
             # A bank that is searched is searched once, by all processes at their first call.
-            searched = isinstance(reference, ReferenceBank) and (source_index is None or reference.process_shard)
-            kind = (reference, labels is None, None if searched else x0.shape)
-            if (x0.device.type == "cpu" and not searched) or self._checked_set != kind:
-                reference.check_sources(x0, source_index, labels)
-                self._checked_set = kind
-            return None
-        if not isinstance(reference, Tensor):
-            raise TypeError(
-                f"reference must be a tensor (n, ...), a ReferenceBank or None; got {type(reference).__name__}."
-            )
-        if reference.shape[1:] != x0.shape[1:]:
-            raise ValueError(
-                f"references {tuple(reference.shape[1:])} and images {tuple(x0.shape[1:])} must have one shape. Resize "
-                "and crop them alike: references under another law than the sources bias the target."
-            )
-        batch_size, n = x0.shape[0], reference.shape[0]
-        if n < batch_size:
-            raise ValueError(
-                f"got {n} references for {batch_size} images: the references must contain the images themselves. "
-                "Pass torch.cat([clean, others]), as ReferenceBatchCollator does."
-            )
-        if (labels is None) != (reference_labels is None):
-            given, missing = (
-                ("labels", "reference_labels") if reference_labels is None else ("reference_labels", "labels")
-            )
-            raise ValueError(f"{given} need {missing}: rows use references of their own class only.")
-        for name, values, length in (
-            ("labels", labels, batch_size),
-            ("reference_labels", reference_labels, n),
-            ("source_index", source_index, batch_size),
-        ):
-            if values is not None and values.shape != (length,):
-                raise ValueError(f"{name} must have shape ({length},); got {tuple(values.shape)}.")
-            if values is not None and (values.is_floating_point() or values.dtype == torch.bool):
-                raise TypeError(f"{name} must be integers; got {values.dtype}.")
-        if num_unconditional is not None:
-            if not isinstance(num_unconditional, int):
-                raise TypeError(f"num_unconditional must be an int; got {type(num_unconditional).__name__}.")
-            if labels is None:
-                raise ValueError(
-                    "num_unconditional needs labels and reference_labels: it says what rows of label -1 use. Pass them "
-                    "(class-aware references without labels bias every row), or leave it out."
-                )
-            if not batch_size <= num_unconditional <= n:
-                raise ValueError(
-                    f"num_unconditional must lie in [B, n] = [{batch_size}, {n}]; got {num_unconditional}. Pass that of "
-                    "the ReferenceBatchSampler."
-                )
-        own = torch.arange(batch_size, device=x0.device) if source_index is None else source_index.to(x0.device)
-        signature = (x0.shape, x0.device, reference.shape, reference.dtype, labels is None, source_index is None)
-        if x0.device.type == "cpu" or signature != self._checked:
-            self._compare_sources(x0, reference, labels, reference_labels, own)
-            self._checked = signature
-        if labels is None or reference_labels is None:
-            return None
-        labels, reference_labels = labels.to(x0.device), reference_labels.to(x0.device)
-        position = torch.arange(n, device=x0.device)[None]
-        # Not `labels == reference_labels` for -1: references of that label may lie beyond the unconditional ones.
-        of_whole_law = position < (n if num_unconditional is None else num_unconditional)
-        same_condition = torch.where((labels == -1)[:, None], of_whole_law, labels[:, None] == reference_labels[None])
-        return same_condition | (own[:, None] == position)
-
-    @staticmethod
-    def _compare_sources(
-        x0: Tensor, reference: Tensor, labels: Tensor | None, reference_labels: Tensor | None, own: Tensor
-    ) -> None:
-        n = reference.shape[0]
-        if not bool(((own >= 0) & (own < n)).all()):
-            raise ValueError(f"source_index must lie in [0, {n}); got {own.tolist()}.")
-        own = own.to(reference.device)
-        sources = pixels_to_float(reference[own].to(x0.device)).to(x0.dtype)
-        # One float32 rounding apart is the same pixel: u / 127.5 - 1 and (u / 255 - 0.5) / 0.5 differ by that much.
-        if not torch.allclose(sources, x0, rtol=1e-6, atol=1e-6, equal_nan=True):
-            raise ValueError(
-                "the references do not contain the images they belong to: reference[:B] (or reference[source_index]) "
-                f"must equal clean; the largest difference is {(sources - x0).abs().max().item():.3g}. Without its "
-                "source a target is biased. Pass reference=torch.cat([clean, others]), or clean=reference[:B], after "
-                "any augmentation and in the same dtype."
-            )
-        if labels is not None and reference_labels is not None:
-            of_sources = reference_labels.to(reference.device)[own].to(labels.device)
-            if not bool(((labels == of_sources) | (labels == -1)).all()):
-                raise ValueError(
-                    "labels differ from reference_labels of the sources. Pass reference_labels with the true classes, "
-                    "and labels with the same classes or -1 where the condition is dropped."
-                )
+            searched = isinstance(reference, ReferenceBank) and (source_index is None or bool(reference.process_shard))
+            seen = (reference, labels is None, None if searched else x0.shape)
+        if (x0.device.type == "cpu" and not searched) or self._checked.get(type(reference)) != seen:
+            reference.check_sources(x0, source_index, labels)
+            self._checked[type(reference)] = seen
+        return reference

@@ -12,15 +12,15 @@ states of chunks merge exactly, as in streaming softmax, so no (B, n, D) tensor 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .integer_products import FULL_SCALE, TERMS, centred_levels, cpu_multiplies_int8, digits_of, integer_product
+from .chunk_states import Arithmetic, PosteriorMean, PosteriorState, Queries, choose_arithmetic
+from .integer_products import TERMS, centred_levels
 
 # Elements of a chunk of references. A CPU is fastest where the float64 chunk (16 MiB), or the bytes, stay in its cache;
 # other devices where there are few chunks (128 MiB in float64).
@@ -30,8 +30,6 @@ _INT8_CHUNK_ELEMENTS = 2**22
 
 # References of a chunk whose weights are rounded to 2^-32 of the chunk's largest: 4e-6 in the mean at worst.
 _MAX_INT8_CHUNK = 2**14
-
-Arithmetic = Literal["int8", "float64"]
 
 
 class ReferenceRows(Protocol):
@@ -92,79 +90,6 @@ def pixels_to_float(images: Tensor) -> Tensor:
     )
 
 
-class PosteriorMean(NamedTuple):
-    """Result of `posterior_mean`: `mean` (B, ...) and `effective_sample_size` (B,), 1 / sum of squared weights."""
-
-    mean: Tensor
-    effective_sample_size: Tensor
-
-
-@dataclass
-class PosteriorState:
-    """A softmax-weighted sum that can be merged with that of other references.
-
-    `maximum` (B,): the largest logit; `normalizer`, `squares` (B,): the sums of exp(logit - maximum) and of its
-    square; `weighted_sum` (B, D): the sum of exp(logit - maximum) x_i, of uint8 references in centred levels, u - 128.
-    All are float64: sums of many like terms lose digits in float32.
-    """
-
-    maximum: Tensor
-    normalizer: Tensor
-    squares: Tensor
-    weighted_sum: Tensor
-
-    def __getitem__(self, rows: Tensor | slice) -> PosteriorState:
-        return PosteriorState(*(field[rows] for field in vars(self).values()))
-
-    @staticmethod
-    def cat(states: Iterable[PosteriorState]) -> PosteriorState:
-        """The rows of several states, in order."""
-        return PosteriorState(*map(torch.cat, zip(*(vars(state).values() for state in states), strict=True)))
-
-    def merge(self, other: PosteriorState) -> PosteriorState:
-        """The state of both sets of references together."""
-        maximum = torch.maximum(self.maximum, other.maximum)
-        left, right = self.rescaled(maximum), other.rescaled(maximum)
-        return PosteriorState(
-            maximum,
-            left.normalizer + right.normalizer,
-            left.squares + right.squares,
-            left.weighted_sum + right.weighted_sum,
-        )
-
-    def merge_rows(self, rows: Tensor, other: PosteriorState) -> PosteriorState:
-        """The state in which `other` is merged into `rows` alone."""
-        merged = self[rows].merge(other)
-        fields = zip(vars(self).values(), vars(merged).values(), strict=True)
-        return PosteriorState(*(mine.index_copy(0, rows, new) for mine, new in fields))
-
-    def rescaled(self, maximum: Tensor) -> PosteriorState:
-        """The same state relative to another (larger) `maximum` (B,)."""
-        # A row for which every logit is -inf (all masked) has no maximum to subtract.
-        factor = (self.maximum - maximum.masked_fill(maximum.isneginf(), 0)).exp()
-        weighted_sum = self.weighted_sum * factor[:, None]
-        return PosteriorState(maximum, self.normalizer * factor, self.squares * factor**2, weighted_sum)
-
-    def result(self, dtype: torch.dtype = torch.float32, centred_levels: bool = False) -> PosteriorMean:
-        """The normalised mean, (B, D), and the effective sample size, (B,), in `dtype`.
-
-        Args:
-            dtype: of both.
-            centred_levels: the sum is of levels u - 128 and the mean is to be in [-1, 1].
-        """
-        mean = (self.weighted_sum / self.normalizer[:, None]).to(dtype)
-        if centred_levels:
-            # As `pixels_to_float` does it: a mean that is one of the references equals that image bit for bit.
-            mean = mean.add_(128).div_(127.5).sub_(1)
-        return PosteriorMean(mean, (self.normalizer**2 / self.squares).to(dtype))
-
-    def result_like(self, noisy: Tensor, reference_dtype: torch.dtype) -> PosteriorMean:
-        """The result in the shape of `noisy` (B, ...), in float64 where `noisy` and the references are, else float32."""
-        dtype = torch.float64 if noisy.dtype == reference_dtype == torch.float64 else torch.float32
-        mean, effective_sample_size = self.result(dtype, centred_levels=reference_dtype == torch.uint8)
-        return PosteriorMean(mean.reshape(noisy.shape), effective_sample_size)
-
-
 def squared_norms(images: Tensor) -> Tensor:
     """What the logits need of the references (n, D): |x|^2 in float64, of int8 levels the exact sum of v^2 + v.
 
@@ -190,104 +115,6 @@ def levels_or_floats(images: Tensor) -> Tensor:
 def reference_norms(images: Tensor) -> Tensor:
     """(n,) float64, `squared_norms` of references (n, ...) of any dtype that references have."""
     return squared_norms(levels_or_floats(images.flatten(1)))
-
-
-def choose_arithmetic(device_type: str, dtype: torch.dtype, dimension: int) -> Arithmetic:
-    """The fastest arithmetic that is measured to be accurate for references of `dtype` (n, dimension) on a device."""
-    fits = dtype == torch.uint8 and dimension in TERMS
-    if device_type == "cpu" and fits and cpu_multiplies_int8():
-        return "int8"
-    return "float64"
-
-
-# Logits this far below the largest add less than 2^-64 of the sum each.
-_NEGLIGIBLE = -64 * math.log(2)
-
-# Rows with at most so many references that matter are summed one by one.
-_FEW = 16
-
-
-class _Queries:
-    """Noisy images against chunks of references, in one arithmetic.
-
-    The logit is reduced by |x_t|^2 / (2 sigma^2), which is common to all references:
-    ``(alpha x_t . x_i - alpha^2 |x_i|^2 / 2) / sigma^2``. Its two terms nearly cancel before the division, so a float32
-    product errs by up to 8e-3 in the mean when references lie within a few sigma of each other.
-    """
-
-    def __init__(self, noisy: Tensor, alpha: Tensor, sigma: Tensor, levels: bool, arithmetic: Arithmetic) -> None:
-        self.arithmetic, self.levels = arithmetic, levels
-        step = 1 / 127.5 if levels else 1.0
-        self.query = noisy.to(torch.float64) * alpha[:, None]
-        self.inverse_variance = step / sigma**2
-        self.half_scale = (alpha * step / sigma) ** 2 / 2
-        if arithmetic == "int8":
-            scale = self.query.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny) / FULL_SCALE
-            self.query_digits = digits_of((self.query / scale[:, None]).round().to(torch.int64))
-            self.levels_scale = self.inverse_variance
-            self.inverse_variance = self.inverse_variance * scale
-
-    def exact(self, images: Tensor) -> Tensor:
-        """A chunk (c, D) as the two products want it: int8 levels as they are, anything else in float64."""
-        return images if self.arithmetic == "int8" else images.to(torch.float64)
-
-    def logits(self, images: Tensor, norms: Tensor) -> Tensor:
-        """(B, c) float64, of references (c, D) from `exact`."""
-        exactly = self.arithmetic == "int8"
-        product = integer_product(self.query_digits, images.T) if exactly else self.query @ images.T
-        return product * self.inverse_variance[:, None] - self.half_scale[:, None] * norms
-
-    def state(self, logits: Tensor, images: Tensor) -> PosteriorState:
-        """The state of references (c, D) with the given logits (B, c)."""
-        maximum = logits.amax(1)
-        weights = (logits - maximum.masked_fill(maximum.isneginf(), 0)[:, None]).exp_()
-        total, normalizer = self._weighted_sum(weights, images)
-        return PosteriorState(maximum, normalizer, weights.square_().sum(1), total)
-
-    def sparse_state(
-        self, logits: Tensor, images: Tensor, norms: Tensor, floor: Tensor
-    ) -> tuple[Tensor, PosteriorState]:
-        """The rows (b,) for which some of these references matter, and the state of those rows.
-
-        References that add less than 2^-64 of the sum, `floor` (B,) being the largest logit so far, are left out; of
-        rows with a few others only those are read. Finding them waits for the device: for CPUs.
-        """
-        maximum = logits.amax(1)
-        used = logits >= (torch.maximum(maximum, floor) + _NEGLIGIBLE)[:, None]
-        used &= ~maximum.isneginf()[:, None]
-        used |= maximum.isnan()[:, None]
-        counts = used.sum(1)
-        active = counts.nonzero().flatten()
-        if len(active) < len(logits):
-            logits, used, counts, maximum = logits[active], used[active], counts[active], maximum[active]
-        dense = counts > _FEW
-        row, column = (used & ~dense[:, None]).nonzero().unbind(1)
-        chosen = images[column].to(torch.float64)
-        if self.arithmetic == "int8" and len(row):
-            # Two references far from each other and as far from the query are told apart by its last bits alone.
-            which = active[row]
-            product = (self.query[which] * chosen).sum(1) * self.levels_scale[which]
-            logits[row, column] = product - self.half_scale[which] * norms[column]
-            maximum = torch.where(dense, maximum, logits.masked_fill(~used, -torch.inf).amax(1))
-        weights = (logits - maximum[:, None]).exp_().masked_fill_(~used, 0)
-        if bool(dense.all()):
-            total, normalizer = self._weighted_sum(weights, images)
-        else:
-            total = torch.zeros(len(active), images.shape[1], dtype=torch.float64)
-            normalizer = weights.sum(1)
-            total.index_add_(0, row, chosen.mul_(weights[row, column][:, None]))
-            if bool(dense.any()):
-                total[dense], normalizer[dense] = self._weighted_sum(weights[dense], images)
-        return active, PosteriorState(maximum, normalizer, weights.square_().sum(1), total)
-
-    def _weighted_sum(self, weights: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the references (c, D) under weights (B, c) in [0, 1], and the sum of those weights."""
-        if self.arithmetic != "int8":
-            return weights @ images, weights.sum(1)
-        rounded = (weights * FULL_SCALE).round().to(torch.int64)
-        return integer_product(digits_of(rounded), images).div_(FULL_SCALE), rounded.sum(1).to(
-            torch.float64
-        ) / FULL_SCALE
 
 
 def posterior_state(
@@ -324,7 +151,7 @@ def posterior_state(
     # Chunks of one size, so that the last is not a sliver.
     chunk_size = math.ceil(len(rows) / max(1, math.ceil(len(rows) / chunk_size))) or 1
     with full_precision(noisy.device.type):
-        queries = _Queries(noisy, alpha, sigma, reference.dtype == torch.uint8, arithmetic)
+        queries = Queries(noisy, alpha, sigma, reference.dtype == torch.uint8, arithmetic)
         empty = torch.zeros(batch_size, dtype=torch.float64, device=noisy.device)
         total = torch.zeros(batch_size, dimension, dtype=torch.float64, device=noisy.device)
         state = PosteriorState(torch.full_like(empty, -torch.inf), empty, empty, total)
@@ -338,10 +165,7 @@ def posterior_state(
             if mask is not None:
                 logits = logits.masked_fill_(~mask[:, chunk].to(noisy.device), -torch.inf)
             if noisy.device.type == "cpu":
-                rows_used, part = queries.sparse_state(logits, images, known, state.maximum)
-                if len(rows_used) == batch_size:
-                    state = state.merge(part)
-                elif len(rows_used):
+                for rows_used, part in queries.sparse_states(logits, images, known, state.maximum):
                     state = state.merge_rows(rows_used, part)
             else:
                 state = state.merge(queries.state(logits, images))

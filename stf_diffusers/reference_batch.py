@@ -220,27 +220,42 @@ class ReferenceBatchCollator:
         batch_size: B; the first B examples are the sources.
         image_key: column of the images, tensors or arrays (C, H, W), or of any other shape.
         label_key: column of integer class labels; used where the examples have it.
+        num_unconditional: that of a class-aware `ReferenceBatchSampler(..., labels=)`, which the objective needs: without
+            it the targets of rows of label -1 are biased, and nothing says so.
 
     Calling it with a list of n examples (mappings), or with one mapping of columns, returns
 
         {"images": (B, ...), "reference_images": (n, ...), "labels": (B,), "reference_labels": (n,)}
 
     with labels int64 and only where the examples have them, images in their own dtype, and `reference_images[:B]`
-    equal to `images` (which is a view of it). Other columns are left out.
+    equal to `images` (which is a view of it). Other columns are left out. `num_unconditional`, if given, is in the batch
+    under that name, beside the labels, to be passed to `STFTrainingObjective.perturb` with them.
 
     Raises:
         ValueError: fewer than B examples, a missing column, or images of different shapes.
         TypeError: images that are not tensors or arrays (PIL images, for instance).
     """
 
-    def __init__(self, batch_size: int, image_key: str = "images", label_key: str = "label") -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        image_key: str = "images",
+        label_key: str = "label",
+        num_unconditional: int | None = None,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        if num_unconditional is not None and num_unconditional < batch_size:
+            raise ValueError(
+                f"num_unconditional counts the sources too, so it is at least batch_size {batch_size}; got "
+                f"{num_unconditional}. Pass that of the ReferenceBatchSampler."
+            )
+        self.num_unconditional = num_unconditional
         self.batch_size = batch_size
         self.image_key = image_key
         self.label_key = label_key
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> dict[str, Any]:
         columns: Mapping[str, Any] = (
             examples
             if isinstance(examples, Mapping)
@@ -257,7 +272,7 @@ class ReferenceBatchCollator:
                 f"a reference batch needs at least batch_size = {self.batch_size} examples; got {len(references)}. "
                 "Read n examples at a time (batch_size=n in the DataLoader) with drop_last=True."
             )
-        batch = {"images": references[: self.batch_size], "reference_images": references}
+        batch: dict[str, Any] = {"images": references[: self.batch_size], "reference_images": references}
         if self.label_key in columns:
             try:
                 labels = torch.as_tensor(columns[self.label_key])
@@ -273,6 +288,8 @@ class ReferenceBatchCollator:
                 )
             labels = labels.to(torch.int64)
             batch |= {"labels": labels[: self.batch_size], "reference_labels": labels}
+            if self.num_unconditional is not None:
+                batch["num_unconditional"] = self.num_unconditional
         return batch
 
 

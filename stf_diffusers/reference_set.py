@@ -1,4 +1,4 @@
-"""Reference sets that are not one tensor, and those that the processes of a run share.
+"""Reference sets: of one batch, and of the batches that the processes of a run share.
 
 The only collectives of the package are here: with the references spread over processes, the noisy images of all
 processes are gathered, each process computes the state of its own references for them, and the states are merged.
@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .posterior import PosteriorMean, PosteriorState, coefficient_rows, pixels_to_float, posterior_state
+from .posterior import PosteriorMean, PosteriorState, coefficient_rows, pixels_to_float, posterior_mean, posterior_state
 
 
 class ReferenceSet(ABC):
-    """References that are not one tensor, as `STFTrainingObjective` takes them."""
+    """What stands behind a target: references that contain the sources of the rows."""
 
     @abstractmethod
     def posterior_mean(
@@ -34,6 +34,117 @@ class ReferenceSet(ABC):
     @abstractmethod
     def check_sources(self, clean: Tensor, source_index: Tensor | None, labels: Tensor | None) -> None:
         """Raise ValueError unless `clean` (B, ...) are among the references that their rows use."""
+
+
+class ReferenceBatch(ReferenceSet):
+    """The references of one batch, which contain its sources.
+
+    Args:
+        images: (n, ...) references, floating point in the data's range or uint8 pixels.
+        labels: (n,) integer classes.
+        num_unconditional: the first so many are a draw of the whole data law; rows of label -1 use these and their own
+            source. None: they use all.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None, num_unconditional: int | None = None) -> None:
+        self.images, self.labels, self.num_unconditional = images, labels, num_unconditional
+
+    def posterior_mean(
+        self,
+        noisy: Tensor,
+        alpha: Tensor | float,
+        sigma: Tensor | float,
+        *,
+        source_index: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> PosteriorMean:
+        """As the function of that name. Without `source_index`, the sources are the first rows."""
+        mask = self._usable(_own_rows(noisy, source_index), labels)
+        return posterior_mean(noisy, self.images, alpha=alpha, sigma=sigma, mask=mask)
+
+    def _usable(self, own: Tensor, labels: Tensor | None) -> Tensor | None:
+        """(B, n) bool, which references each row may use; None for all. `own` (B,) are the rows' sources."""
+        if labels is None or self.labels is None:
+            return None
+        labels, reference_labels = labels.to(own.device), self.labels.to(own.device)
+        position = torch.arange(len(self.images), device=own.device)[None]
+        # Not `labels == reference_labels` for -1: references of that label may lie beyond the unconditional ones.
+        of_whole_law = position < (len(self.images) if self.num_unconditional is None else self.num_unconditional)
+        same_condition = torch.where((labels == -1)[:, None], of_whole_law, labels[:, None] == reference_labels[None])
+        return same_condition | (own[:, None] == position)
+
+    def check_shapes(self, clean: Tensor, source_index: Tensor | None, labels: Tensor | None) -> None:
+        """Check all that needs no value of a tensor.
+
+        Raises:
+            ValueError: shapes or labels that do not fit, or a `num_unconditional` without labels or not in [B, n].
+            TypeError: labels or indices that are not integers.
+        """
+        if self.images.shape[1:] != clean.shape[1:]:
+            raise ValueError(
+                f"references {tuple(self.images.shape[1:])} and images {tuple(clean.shape[1:])} must have one shape. Resize "
+                "and crop them alike: references under another law than the sources bias the target."
+            )
+        batch_size, n = clean.shape[0], self.images.shape[0]
+        if n < batch_size:
+            raise ValueError(
+                f"got {n} references for {batch_size} images: the references must contain the images themselves. "
+                "Pass torch.cat([clean, others]), as ReferenceBatchCollator does."
+            )
+        if (labels is None) != (self.labels is None):
+            given, missing = ("labels", "reference_labels") if self.labels is None else ("reference_labels", "labels")
+            raise ValueError(f"{given} need {missing}: rows use references of their own class only.")
+        for name, values, length in (
+            ("labels", labels, batch_size),
+            ("reference_labels", self.labels, n),
+            ("source_index", source_index, batch_size),
+        ):
+            if values is not None and values.shape != (length,):
+                raise ValueError(f"{name} must have shape ({length},); got {tuple(values.shape)}.")
+            if values is not None and (values.is_floating_point() or values.dtype == torch.bool):
+                raise TypeError(f"{name} must be integers; got {values.dtype}.")
+        if self.num_unconditional is None:
+            return
+        if not isinstance(self.num_unconditional, int):
+            raise TypeError(f"num_unconditional must be an int; got {type(self.num_unconditional).__name__}.")
+        if labels is None:
+            raise ValueError(
+                "num_unconditional needs labels and reference_labels: it says what rows of label -1 use. Pass them "
+                "(class-aware references without labels bias every row), or leave it out."
+            )
+        if not batch_size <= self.num_unconditional <= n:
+            raise ValueError(
+                f"num_unconditional must lie in [B, n] = [{batch_size}, {n}]; got {self.num_unconditional}. Pass that of "
+                "the ReferenceBatchSampler."
+            )
+
+    def check_sources(self, clean: Tensor, source_index: Tensor | None, labels: Tensor | None) -> None:
+        """Raise ValueError unless the references of the rows' sources are `clean` (B, ...), under their labels."""
+        own = _own_rows(clean, source_index)
+        if not bool(((own >= 0) & (own < len(self.images))).all()):
+            raise ValueError(f"source_index must lie in [0, {len(self.images)}); got {own.tolist()}.")
+        own = own.to(self.images.device)
+        sources = pixels_to_float(self.images[own].to(clean.device)).to(clean.dtype)
+        # One float32 rounding apart is the same pixel: u / 127.5 - 1 and (u / 255 - 0.5) / 0.5 differ by that much.
+        if not torch.allclose(sources, clean, rtol=1e-6, atol=1e-6, equal_nan=True):
+            raise ValueError(
+                "the references do not contain the images they belong to: reference[:B] (or reference[source_index]) "
+                f"must equal clean; the largest difference is {(sources - clean).abs().max().item():.3g}. Without its "
+                "source a target is biased. Pass reference=torch.cat([clean, others]), or clean=reference[:B], after "
+                "any augmentation and in the same dtype."
+            )
+        if labels is not None and self.labels is not None:
+            of_sources = self.labels.to(self.images.device)[own].to(labels.device)
+            if not bool(((labels == of_sources) | (labels == -1)).all()):
+                raise ValueError(
+                    "labels differ from reference_labels of the sources. Pass reference_labels with the true classes, "
+                    "and labels with the same classes or -1 where the condition is dropped."
+                )
+
+
+def _own_rows(rows: Tensor, source_index: Tensor | None) -> Tensor:
+    """(B,) the references that are the rows' sources, on the device of the rows."""
+    return torch.arange(len(rows), device=rows.device) if source_index is None else source_index.to(rows.device)
 
 
 class SharedReferences(ReferenceSet):

@@ -11,7 +11,7 @@ from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
 from oracles import images
-from stf_diffusers import ReferenceBatchCollator, ReferenceBatchSampler
+from stf_diffusers import EDM, ReferenceBatchCollator, ReferenceBatchSampler, STFTrainingObjective
 
 SIZES = [(20, 4, 10), (20, 4, 4), (20, 4, 20), (23, 4, 10), (7, 7, 7), (5, 1, 1), (5, 1, 5), (1000, 16, 64)]
 
@@ -495,3 +495,23 @@ def test_collator_errors(case):
 def test_collator_batch_size():
     with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
         ReferenceBatchCollator(0)
+
+
+def test_the_collator_hands_num_unconditional_on():
+    """What it makes is passed to the objective as it is; forgetting the number would be a silent bias."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(40, 1, 4, 4, generator=generator) * 2 - 1, torch.arange(40) % 4
+    sampler = ReferenceBatchSampler(40, 4, 16, labels=labels)
+    collate = ReferenceBatchCollator(4, num_unconditional=sampler.num_unconditional)
+    batch = collate([{"images": images[i], "label": int(labels[i])} for i in next(iter(sampler))])
+    assert batch["num_unconditional"] == sampler.num_unconditional == 10
+    call = {"t": torch.full((4,), 2.0), "noise": torch.randn(4, 1, 4, 4, generator=generator)}
+    call |= {"reference": batch["reference_images"], "labels": torch.full((4,), -1)}
+    call |= {"reference_labels": batch["reference_labels"]}
+    objective = STFTrainingObjective(EDM())
+    handed = objective.perturb(batch["images"], num_unconditional=batch["num_unconditional"], **call)
+    uniform = objective.perturb(batch["images"], **{**call, "reference": batch["reference_images"][:10], "labels": None, "reference_labels": None})  # fmt: skip
+    assert torch.equal(handed.target, uniform.target)
+    assert "num_unconditional" not in collate([{"images": image} for image in images[:16]]), "without labels"
+    with pytest.raises(ValueError, match="at least batch_size 4"):
+        ReferenceBatchCollator(4, num_unconditional=3)
