@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
@@ -53,7 +54,7 @@ PROCESSES = ("edm", "ve", "vp")
 STOPPED = (75, -signal.SIGTERM)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--dataset_name", help="Default: scikit-learn's digits, with a network of 0.28 M parameters.")
@@ -64,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, default=1000, help="For each distance.")
     parser.add_argument("--extractor", help="A vision model of transformers. Default: a ResNet trained on the labels.")
     parser.add_argument("--minutes", type=float, default=9, help="Stop after this time, at the latest a minute later.")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @dataclass(frozen=True)
