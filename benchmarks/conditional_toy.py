@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ def plot(
     figure.savefig(path, dpi=95)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="the figure; without it, the table alone")
     parser.add_argument("--sigma", type=float, default=0.5, help="noise level")
@@ -198,7 +199,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=2000, help="of source and references, at each x_t")
     parser.add_argument("--blocks", type=int, default=40, help="into which the draws are parted for standard errors")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:

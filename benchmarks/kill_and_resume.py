@@ -27,6 +27,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -209,13 +210,17 @@ def trial(kills: int, seed: int, folder: Path, world: int = 1) -> dict[str, int]
     return counts
 
 
-def main() -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("kill_and_resume.json"))
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
     with tempfile.TemporaryDirectory() as folder:
         counts = trial(args.kills, args.seed, Path(folder), args.processes)
     args.output.write_text(json.dumps(counts, indent=2))

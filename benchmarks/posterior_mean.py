@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -185,7 +185,7 @@ def measure_accuracy(device: torch.device) -> list[dict[str, object]]:
     return rows
 
 
-def main() -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[64])
     parser.add_argument("--n", type=int, nargs="+", default=[1024, 4096, 50000])
@@ -193,7 +193,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--memory_of", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("posterior_mean.json"))
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
     if args.memory_of:
         measure_memory(*map(int, args.memory_of[:3]), kind=args.memory_of[3])
         return

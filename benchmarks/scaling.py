@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ def measure(bank: ReferenceBank, batch_size: int, size: int, repeats: int) -> tu
     return statistics.median(times[1:]), (resident_peak() - before) / 2**10
 
 
-def main() -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", "--num_references", type=int, nargs="+", default=[10_000, 20_000, 50_000, 100_000])
     parser.add_argument("--image_size", type=int, default=32)
@@ -71,7 +71,11 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, nargs="+")
     parser.add_argument("--output", type=Path, default=Path("scaling.json"))
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
     size = args.image_size
 
     if "LOCAL_RANK" in os.environ:  # one of the processes of a bank that is spread

@@ -15,6 +15,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,14 +26,18 @@ from stf_diffusers import EDM, ReferenceBank, STFTrainingObjective
 PRESET = Path(__file__).parents[1] / "examples" / "configs" / "cifar10_32.json"
 
 
-def main() -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", type=Path, default=PRESET)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--n", type=int, nargs="+", default=[1024, 4096, 50000], help="References.")
     parser.add_argument("--pairs", type=int, default=3, help="Counted pairs of steps per n, after one that is not.")
     parser.add_argument("--output", type=Path, default=Path("training_overhead.json"))
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = {"sample_size": 32, "in_channels": 3, "out_channels": 3, **json.loads(args.model_config.read_text())}

@@ -15,6 +15,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,14 +35,18 @@ VARIANTS = {
 }
 
 
-def main() -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", type=Path, default=PRESET)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5, help="Counted, after one that is not.")
     parser.add_argument("--output", type=Path, default=Path("training_step.json"))
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = json.loads(args.model_config.read_text()) | {
         "sample_size": args.image_size,
