@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from accelerate.logging import get_logger
 
 from ..noise import EDM, NOISE_PROCESSES, NoiseProcess
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def choose_process(

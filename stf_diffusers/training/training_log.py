@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -11,14 +12,13 @@ from itertools import pairwise
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from PIL import Image
 from torch import Tensor
 
 from ..objective import PerturbedBatch
 from ..posterior import pixels_to_float
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # Decades of the noise-to-signal ratio sigma / alpha, for images in [-1, 1].
 _EDGES = (0.0, 0.1, 1.0, 10.0, float("inf"))
