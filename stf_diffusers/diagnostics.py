@@ -147,20 +147,14 @@ def target_variance(
         with full_precision(place.type):
             measured = [_measure(bank.images, block, alpha, sigma, sizes) for block in blocks]
         dsm, divergence, effective, *stf = torch.cat(measured, 1).cpu()
+        estimates = {n: _average(rows) for n, rows in zip(sizes, stf, strict=True)}
+        shares = {n: _quotient(rows, dsm) for n, rows in zip(sizes, stf, strict=True)}
         found.append(
             TargetVariance(
-                time,
-                alpha,
-                sigma,
-                _average(dsm),
-                {n: _average(rows) for n, rows in zip(sizes, stf, strict=True)},
-                {n: _quotient(rows, dsm) for n, rows in zip(sizes, stf, strict=True)},
-                _average(divergence),
-                _average(effective),
-                factors[index].item(),
-                num_samples,
+                time, alpha, sigma, _average(dsm), estimates, shares, _average(divergence), _average(effective),
+                factors[index].item(), num_samples,
             )
-        )
+        )  # fmt: skip
     return found
 
 
