@@ -1,6 +1,7 @@
 """Float64 oracles written from the mathematics, and where the golden numbers are. Nothing here calls the package."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,13 @@ import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(os.environ.get("STF_SHARED", Path(__file__).parents[2] / "shared"))
+
+# Noise levels of `problem`, and the settings under which it is solved.
+SIGMAS = torch.tensor([0.002, 0.02, 0.1, 0.3, 1.0, 3.0, 5.0, 10.0, 20.0, 80.0])
+CONTEXTS = {
+    "plain": nullcontext,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
 
 # y = a x0 + b noise: (a, b) of every prediction type, for float64 alpha and sigma.
 TABLE = {
@@ -47,6 +55,18 @@ def images(*shape, seed=0, dtype=torch.float32):
 
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def problem(n=50, shape=(3, 8, 8), dtype=torch.float32, sigmas=SIGMAS, alpha=1.0):
+    """(noisy, reference, alpha, sigma): one row per sigma, sources first, two references duplicated."""
+    reference = images(n, *shape, dtype=dtype)
+    if n > len(sigmas) + 1:
+        reference[-1], reference[-2] = reference[0], reference[3] + 1e-3
+    x0, alpha = reference[: len(sigmas)], torch.full_like(sigmas, alpha)
+    if n < len(sigmas):
+        x0 = reference[:1].expand(len(sigmas), *shape)
+    noisy = (rows(alpha, x0) * x0 + rows(sigmas, x0) * normal(*x0.shape, seed=1)).to(dtype)
+    return noisy, reference, alpha, sigmas
 
 
 def load_golden(whole):
