@@ -5,8 +5,10 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 # What stands before a repository's name in addresses of the API ("models/", "datasets/") and of files ("", "datasets/").
 API = r"/api/(models/|datasets/)([^/]+(?:/[^/]+)??)"
@@ -20,34 +22,38 @@ class Hub:
     repositories that were renamed.
     """
 
-    def __init__(self, token="hf_secret"):
+    def __init__(self, token: str = "hf_secret") -> None:
         self.token = token
-        self.files, self.private, self.commits, self.requests = {}, {}, [], []
-        self.stored, self.moved = {}, {}
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool] = {}
+        self.commits: list[tuple[str, str]] = []
+        self.requests: list[tuple[str, str]] = []
+        self.stored: dict[str, bytes] = {}
+        self.moved: dict[str, str] = {}
         # Statuses to answer the next requests to "create", "commit" or "store" with; 0 cuts the connection, "silence"
         # leaves it open without an answer until the event of that name.
-        self.faults = {}
+        self.faults: dict[str, list[int | str]] = {}
         self.silence = threading.Event()
         # The status with which each request for a repository is answered.
-        self.broken = {}
+        self.broken: dict[str, int | str] = {}
 
-    def revision(self, repository):
+    def revision(self, repository: str) -> str:
         return hashlib.sha1(repr(sorted(self.files[repository].items())).encode()).hexdigest()
 
 
-def handler_for(hub):
+def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def log_message(self, *args):
+        def log_message(self, *args: object) -> None:
             pass
 
         @property
-        def address(self):
+        def address(self) -> str:
             return f"http://{self.headers['Host']}"
 
-        def reply(self, status, body=b"", **headers):
-            body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        def reply(self, status: int, content: Any = b"", **headers: str) -> None:
+            body = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name.replace("_", "-"), value)
@@ -55,18 +61,18 @@ def handler_for(hub):
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        def refuse(self, status, code, message):
+        def refuse(self, status: int, code: str, message: str) -> None:
             self.reply(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
 
-        def failed(self, kind):
+        def failed(self, kind: str) -> bool:
             """Answer with the next injected fault of this kind, if there is one."""
             if hub.faults.get(kind):
                 self.fail(hub.faults[kind].pop(0))
                 return True
             return False
 
-        def fail(self, status):
-            if status == "silence":
+        def fail(self, status: int | str) -> None:
+            if isinstance(status, str):  # "silence"
                 hub.silence.wait()
                 self.close_connection = True
             elif status == 0:
@@ -75,14 +81,14 @@ def handler_for(hub):
             else:
                 self.refuse(status, "Injected", f"injected fault {status}")
 
-        def redirected(self, prefix, name):
+        def redirected(self, prefix: str, name: str) -> bool:
             """Send the client on where the repository has another name by now."""
             if name not in hub.moved:
                 return False
             self.reply(307, Location=self.path.replace(f"{prefix}{name}", f"{prefix}{hub.moved[name]}", 1))
             return True
 
-        def body(self):
+        def body(self) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":
                 return self.rfile.read(int(self.headers.get("Content-Length", 0)))
             content = b""
@@ -92,7 +98,7 @@ def handler_for(hub):
             self.rfile.readline()
             return content
 
-        def do_PUT(self):
+        def do_PUT(self) -> None:
             body = self.body()
             hub.requests.append((self.command, self.path))
             if self.failed("store"):
@@ -103,7 +109,7 @@ def handler_for(hub):
             hub.stored[oid] = body
             return self.reply(200)
 
-        def do_POST(self):
+        def do_POST(self) -> None:
             body = self.body()
             hub.requests.append((self.command, self.path))
             path = self.path.split("?")[0]
@@ -151,8 +157,8 @@ def handler_for(hub):
                 return self.commit(match[1], body)
             return self.refuse(404, "EntryNotFound", path)
 
-        def commit(self, repository, body):
-            added = {}
+        def commit(self, repository: str, body: bytes) -> None:
+            added: dict[str, bytes] = {}
             for line in body.splitlines():
                 entry = json.loads(line)
                 value = entry["value"]
@@ -171,10 +177,10 @@ def handler_for(hub):
             return self.reply(200, {"success": True, "commitOid": oid, "commitUrl": url})
 
         @staticmethod
-        def entry(path, content):
+        def entry(path: str, content: bytes) -> dict[str, Any]:
             return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
-        def do_GET(self):
+        def do_GET(self) -> None:
             hub.requests.append((self.command, self.path))
             path = self.path.split("?")[0]
             for name, status in hub.broken.items():
@@ -198,7 +204,7 @@ def handler_for(hub):
 
         do_HEAD = do_GET
 
-        def describe(self, prefix, name, what, folder):
+        def describe(self, prefix: str, name: str, what: str, folder: str) -> None:
             files = hub.files.get(prefix + name)
             if files is None:
                 return self.refuse(404, "RepoNotFound", f"{prefix}{name} not found")
@@ -217,7 +223,7 @@ def handler_for(hub):
 
 
 @contextmanager
-def serve(hub):
+def serve(hub: Hub) -> Iterator[str]:
     """Serve `hub` on a free local port; yields its address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(hub))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
