@@ -15,6 +15,7 @@ from .presets import PRESETS
 
 _KINDS: dict[str, type[Network]] = {"UNet2DModel": UNet2DModel, "DiTTransformer2DModel": DiTTransformer2DModel}
 
+
 def new_network(
     shape: tuple[int, int, int],
     *,

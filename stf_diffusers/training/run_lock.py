@@ -31,7 +31,7 @@ class RunLock:
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         while True:
-            self._file = open(self.path, "a+")  # noqa: SIM115
+            self._file = open(self.path, "a+")
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
