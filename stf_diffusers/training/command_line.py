@@ -50,5 +50,6 @@ def explained(error: BaseException) -> bool:
 
 
 def _is_ours(frame: FrameType) -> bool:
+    script = getattr(sys.modules["__main__"], "__file__", None)
     path = Path(frame.f_code.co_filename).resolve()
-    return path.is_relative_to(PACKAGE) or path == Path(sys.argv[0]).resolve()
+    return path.is_relative_to(PACKAGE) or (script is not None and path == Path(script).resolve())
