@@ -355,14 +355,16 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
 
 def in_flags(message: str, flags: list[str]) -> str:
     """A message of the package in this script's words: ``resolution=32`` becomes ``--resolution 32``."""
-    names = "|".join({**FLAG_OF, **dict.fromkeys(flags)})
+    names, parameters = "|".join({**FLAG_OF, **dict.fromkeys(flags)}), process_flags()
 
     def flag(match: re.Match[str]) -> str:
-        name, value = FLAG_OF.get(match[1], match[1]), (match[2] or "").strip("'")
+        value = (match[2] or "").strip("'")
+        if match[1] in parameters and value:
+            return match[0]  # of a process as it prints itself
         # A flag that is on or off has no value on the command line.
-        return f"--{name} {value}" if value not in ("", "True") else f"--{name}"
+        return f"--{FLAG_OF.get(match[1], match[1])}" + (f" {value}" if value not in ("", "True") else "")
 
-    return re.sub(rf"(?<![\w-])({names})=('[^']*'|[\w./+-]*\w)?", lambda match: flag(match), message)
+    return re.sub(rf"(?<![\w-])({names})=('[^']*'|[\w./+-]*\w)?", flag, message)
 
 
 @contextmanager
