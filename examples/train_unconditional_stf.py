@@ -26,12 +26,10 @@ import json
 import logging
 import math
 import os
-import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -39,7 +37,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from stf_diffusers.noise import NOISE_PROCESSES
-from stf_diffusers.training.command_line import run
+from stf_diffusers.training.command_line import errors_in_flags, run
 from stf_diffusers.training.presets import PRESETS
 
 # As a script this module is "__main__".
@@ -285,6 +283,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(flag, action=Refused, instead=instead)
 
     args = parser.parse_args(argv)
+    del args.local_rank
     for wrong, message in check_flags(args):
         if wrong:
             parser.error(message)
@@ -351,31 +350,6 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
     ]
     return [(bool(wrong), message) for wrong, message in (*data, *network, *latents, *references, *reports)]
 # fmt: on
-
-
-def in_flags(message: str, flags: list[str]) -> str:
-    """A message of the package in this script's words: ``resolution=32`` becomes ``--resolution 32``."""
-    names, parameters = "|".join({**FLAG_OF, **dict.fromkeys(flags)}), process_flags()
-
-    def flag(match: re.Match[str]) -> str:
-        value = (match[2] or "").strip("'")
-        if match[1] in parameters and value:
-            return match[0]  # of a process as it prints itself
-        # A flag that is on or off has no value on the command line.
-        return f"--{FLAG_OF.get(match[1], match[1])}" + (f" {value}" if value not in ("", "True") else "")
-
-    return re.sub(rf"(?<![\w-])({names})=('[^']*'|[\w./+-]*\w)?", flag, message)
-
-
-@contextmanager
-def errors_in_flags(args: argparse.Namespace) -> Iterator[None]:
-    """Errors in the block name this script's flags where the package names its arguments."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        if len(error.args) == 1 and isinstance(error.args[0], str):
-            error.args = (in_flags(error.args[0], list(vars(args))),)
-        raise
 
 
 if __name__ == "__main__":
@@ -576,7 +550,7 @@ def main(argv: list[str] | None = None) -> None:
     stop_with_launcher()
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        stack.enter_context(errors_in_flags(args))
+        stack.enter_context(errors_in_flags(vars(args), FLAG_OF, printed=process_flags()))
         accelerator = make_accelerator(args)
         process_index, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
         logging.basicConfig(format="%(message)s")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dis
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -53,3 +55,38 @@ def _is_ours(frame: FrameType) -> bool:
     script = getattr(sys.modules["__main__"], "__file__", None)
     path = Path(frame.f_code.co_filename).resolve()
     return path.is_relative_to(PACKAGE) or (script is not None and path == Path(script).resolve())
+
+
+@contextmanager
+def errors_in_flags(
+    parser_names: Collection[str], aliases: Mapping[str, str] | None = None, printed: Collection[str] = ()
+) -> Iterator[None]:
+    """Errors in the block name the script's flags where the package names its arguments.
+
+    Args:
+        parser_names: the script's flags, without dashes.
+        aliases: the flag that an argument of another name comes from.
+        printed: flags that are left as they are where a number follows: parameters of an object as it prints itself.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        if len(error.args) == 1 and isinstance(error.args[0], str):
+            error.args = (in_flags(error.args[0], parser_names, aliases or {}, printed),)
+        raise
+
+
+def in_flags(
+    message: str, parser_names: Collection[str], aliases: Mapping[str, str], printed: Collection[str] = ()
+) -> str:
+    """A message in a script's words: ``resolution=32`` becomes ``--resolution 32``. Arguments as for `errors_in_flags`."""
+    names = "|".join(map(re.escape, {**dict.fromkeys(aliases), **dict.fromkeys(parser_names)}))
+
+    def flag(match: re.Match[str]) -> str:
+        value = (match[2] or "").strip("'")
+        if match[1] in printed and value and "'" not in match[2]:
+            return match[0]
+        # A flag that is on or off has no value on the command line.
+        return f"--{aliases.get(match[1], match[1])}" + (f" {value}" if value not in ("", "True") else "")
+
+    return re.sub(rf"(?<![\w-])({names})=('[^']*'|[\w./+-]*\w)?", flag, message)

@@ -10,7 +10,7 @@ from diffusers.optimization import SchedulerType
 
 import train_unconditional_stf as script
 from stf_diffusers import posterior_mean
-from stf_diffusers.training.command_line import explained, run
+from stf_diffusers.training.command_line import explained, in_flags, run
 from tiny import CPU, EXAMPLES, ROOT
 
 TRAINER = EXAMPLES / "train_unconditional_stf.py"
@@ -125,4 +125,5 @@ def test_learning_rate_schedules_are_those_of_diffusers():
     ],
 )
 def test_messages_name_flags(message, translated):
-    assert script.in_flags(message, list(vars(script.parse_args([])))) == translated
+    flags = vars(script.parse_args([]))
+    assert in_flags(message, flags, script.FLAG_OF, printed=script.process_flags()) == translated
