@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .bank_file import compare_bank, parts, read_bank, write_bank
+from .bank_file import check_finite, compare_bank, parts, read_bank, write_bank
 from .dataset_images import DatasetImages, pil_to_pixels
 from .posterior import (
     PosteriorMean,
@@ -95,9 +95,7 @@ class ReferenceBank(ReferenceSet):
         if pin_memory:
             selected = selected.pin_memory()
         norms = torch.cat([reference_norms(selected[part]) for part in parts(selected)])
-        wrong = (~norms.isfinite()).nonzero().flatten()
-        if len(wrong):
-            raise ValueError(f"images {wrong.tolist()[:8]} of the bank are not finite.")
+        check_finite(norms, rows.start)
         self._attach(selected, len(images), norms, labels, order, augmentation, process_shard)
 
     def _attach(
@@ -326,7 +324,7 @@ class ReferenceBank(ReferenceSet):
             fingerprint: the one expected. None: not compared.
 
         Raises:
-            ValueError: the file is not a bank, or was made of other data or with other preprocessing.
+            ValueError: the file is not a bank, is damaged, or was made of other data or with other preprocessing.
             OSError: it cannot be read.
         """
         stored = read_bank(Path(path), fingerprint)
