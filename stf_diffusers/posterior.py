@@ -59,6 +59,16 @@ def check_tensor(name: str, value: Any, shape: str) -> None:
         )
 
 
+def check_batch(name: str, images: Any, shape: str) -> None:
+    """Raise TypeError or ValueError unless the images are a tensor (B, ...)."""
+    check_tensor(name, images, shape)
+    if images.ndim < 2:
+        raise ValueError(
+            f"{name} must be {shape} with at least 2 dimensions; got {tuple(images.shape)}. Pass {name}[:, None] for "
+            "images of one value."
+        )
+
+
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Autocast off and float32 matrix products in IEEE float32, whatever the caller's settings, which come back after.
@@ -247,16 +257,11 @@ def posterior_mean(
         ValueError: shapes that do not fit, an empty reference set, or, on the CPU, a sigma that is not positive or a
             row whose mask leaves nothing (elsewhere those rows are NaN: checking would wait for the device).
     """
-    check_tensor("noisy", noisy, "(B, ...)")
+    check_batch("noisy", noisy, "(B, ...)")
     check_tensor("reference", reference, "(n, ...)")
     if not noisy.is_floating_point():
         raise TypeError(
             f"noisy must be floating point; got {noisy.dtype}. Scale images to [-1, 1] before adding noise."
-        )
-    if noisy.ndim < 2:
-        raise ValueError(
-            f"noisy must be a batch, (B, ...) with at least 2 dimensions; got {tuple(noisy.shape)}. Pass noisy[:, None] "
-            "for rows of one value."
         )
     if reference.ndim == 0 or reference.shape[1:] != noisy.shape[1:]:
         raise ValueError(

@@ -16,7 +16,7 @@ from .posterior import (
     PosteriorMean,
     PosteriorState,
     ReferenceRows,
-    check_tensor,
+    check_batch,
     coefficient_rows,
     pixels_to_float,
     posterior_state,
@@ -76,9 +76,7 @@ class ReferenceBank(ReferenceSet):
         process_shard: tuple[int, int] | None = None,
         pin_memory: bool = False,
     ) -> None:
-        check_tensor("images", images, "(N, ...)")
-        if images.ndim < 2:
-            raise ValueError(f"images must be (N, ...) with at least 2 dimensions; got {tuple(images.shape)}.")
+        check_batch("images", images, "(N, ...)")
         dtype = images.dtype if dtype is None else dtype
         pixels_to_float(images[:0])
         pixels_to_float(torch.empty(0, dtype=dtype))
@@ -89,8 +87,7 @@ class ReferenceBank(ReferenceSet):
         order = None
         if labels is not None:
             labels = checked_labels(labels, len(images))
-            # Sorted into a new tensor: the caller's may change.
-            labels, places = labels.sort(stable=True)
+            labels, places = labels.sort(stable=True)  # a new tensor: the caller's may change
             order = places if bool((places.diff() < 0).any()) else None
         rows = shard_rows(len(images), process_shard)
         selected = images[rows.start : rows.stop] if order is None else images[order[rows.start : rows.stop]]
