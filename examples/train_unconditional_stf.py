@@ -309,7 +309,6 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.streaming and (args.reference or args.share_reference),
          "--streaming: references are the buffer of each process, from which its sources are drawn; others would bias "
          "the target. Leave --reference and --share_reference out."),
-        (args.resolution and len(args.resolution) > 2, "--resolution takes one number, or two: height and width."),
         (args.streaming and args.skip_corrupt,
          "--streaming reads images when their turn comes: leave --skip_corrupt out."),
         (args.streaming and (args.vae or args.dataloader_num_workers),
@@ -535,12 +534,11 @@ def main(argv: list[str] | None = None) -> None:
                 "label_column",
                 "class_conditional",
                 "image_mode",
+                "resolution",
                 "center_crop",
                 "seed",
             )
         }
-        if args.resolution:
-            reading["resolution"] = args.resolution[0] if len(args.resolution) == 1 else tuple(args.resolution)
         images: TrainingImages
         if args.streaming:
             buffer = {"batch_size": args.train_batch_size, "buffer_size": args.reference_batch_size}

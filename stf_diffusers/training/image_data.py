@@ -146,7 +146,7 @@ def open_images(
     label_column: str | None = None,
     class_conditional: bool = False,
     image_mode: str | None = None,
-    resolution: int | tuple[int, int] | None = None,
+    resolution: int | Sequence[int] | None = None,
     center_crop: bool = False,
     skip_corrupt: bool = False,
     image_memory_gb: float = 4.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,14 +98,19 @@ def make_reader(
     dataset: datasets.Dataset | datasets.IterableDataset,
     column: str,
     mode: str | None,
-    resolution: int | tuple[int, int] | None,
+    resolution: int | Sequence[int] | None,
     center_crop: bool,
 ) -> ImageReader:
     """A reader for this data set; mode and resolution, where not given, are those of its first image.
 
+    `resolution` is a side, or (height, width).
+
     Raises:
         ValueError: the first image is missing or cannot be decoded, or is not square and no resolution is given.
     """
+    sides = None if resolution is None else (resolution,) if isinstance(resolution, int) else tuple(resolution)
+    if sides is not None and (len(sides) not in (1, 2) or min(sides) < 1):
+        raise ValueError(f"resolution={sides}: pass one side, or height and width, each at least 1.")
     if isinstance(dataset, datasets.IterableDataset):
         value = next(iter(dataset), {column: None})[column]
         first = to_image(value, pixel_dtype(dataset.features[column]))
@@ -112,15 +118,14 @@ def make_reader(
         first = decode(dataset, column, [0])[0]
     if first is None:
         raise ValueError("image 0 is missing. Leave the row out.")
-    if resolution is None and first.width != first.height:
+    if sides is None and first.width != first.height:
         raise ValueError(
             f"the images are not square ({first.width}x{first.height}): pass resolution=, one number to crop them to a square, "
             "or their height and width."
         )
     found = "L" if first.mode in ("1", "L", "LA") else "RGB"
-    return ImageReader(
-        mode or found, resolution or first.width, center_crop, resize=resolution is not None, convert=mode is not None
-    )
+    size = (first.height, first.width) if sides is None else (sides[0], sides[-1])
+    return ImageReader(mode or found, size, center_crop, resize=sides is not None, convert=mode is not None)
 
 
 def decode(dataset: datasets.Dataset, column: str, rows: list[int]) -> list[Image.Image | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ def open_stream(
     label_column: str | None = None,
     class_conditional: bool = False,
     image_mode: str | None = None,
-    resolution: int | tuple[int, int] | None = None,
+    resolution: int | Sequence[int] | None = None,
     center_crop: bool = False,
     seed: int = 0,
     process_index: int = 0,
