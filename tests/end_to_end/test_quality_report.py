@@ -149,8 +149,8 @@ def test_two_processes_share_an_evaluation(evaluated, tmp_path):
     for left, right in zip(*found, strict=True):
         assert left["measured"] == right["measured"]
         assert left["frechet_distance"] == pytest.approx(right["frechet_distance"], rel=1e-4)
-    (features,) = (tmp_path / "cache-1").rglob("*.safetensors")
-    (others,) = (tmp_path / "cache-2").rglob("*.safetensors")
+    (features,) = (tmp_path / "cache-1" / "stf_diffusers" / "features").rglob("*.safetensors")
+    (others,) = (tmp_path / "cache-2" / "stf_diffusers" / "features").rglob("*.safetensors")
     assert features.name == others.name
     assert features.read_bytes() == others.read_bytes()
 
