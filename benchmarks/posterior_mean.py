@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,9 +107,7 @@ def measure_speed(batch_size: int, n: int, size: int, pairs: int, device: torch.
             row |= {"seconds": taken, "ratio_to_products": ratio}
             if n <= 4096:
                 for slices in (8, 1):
-                    _, inverse = ratio_of_pairs(
-                        call, lambda noisy=noisy, sigma=sigma, k=slices: broadcast(noisy, floats, sigma, k), 1, device
-                    )
+                    _, inverse = ratio_of_pairs(call, partial(broadcast, noisy, floats, sigma, slices), 1, device)
                     row[f"broadcast_{slices}_rows_over_ours"] = 1 / inverse
             rows.append(row)
             print(
@@ -199,7 +198,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.memory_of:
-        measure_memory(*map(int, args.memory_of[:3]), kind=args.memory_of[3])
+        batch_size, n, size, kind = args.memory_of
+        measure_memory(int(batch_size), int(n), int(size), kind)
         return
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -152,9 +152,8 @@ def evaluate(
     samples: list[Any] = []
     while len(samples) < args.num_samples:
         seeds = range(len(samples), min(len(samples) + batch, args.num_samples))
-        samples += pipeline(
-            batch_size=len(seeds), generator=[torch.Generator().manual_seed(seed) for seed in seeds]
-        ).images
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        samples += pipeline(batch_size=len(seeds), generator=generators, return_dict=False)[0]
     pixels = as_pixels(samples)
     quality = sample_quality(
         extractor(pixels),
@@ -166,6 +165,7 @@ def evaluate(
         evaluations=35,
         seeds=f"0 to {args.num_samples - 1}",
     )
+    assert images.images is not None  # decoded without a budget
     nearest = nearest_neighbors(pixels.flatten(1), images.images.flatten(1))
     return {
         **asdict(run), "target": run.target, "step": step, "images_seen": 64 * step,
@@ -201,9 +201,10 @@ def gradient_noise(process_name: str, args: argparse.Namespace, images: ImageCol
     batch_size, num_batches = 16, 64
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = averaged(Training(process_name, 0, 0), args.steps // 2, args, device)
+    assert images.images is not None  # decoded without a budget
     network, process, pixels = network_of(pipeline), pipeline.process, images.images.to(device)
     objective, bank = STFTrainingObjective(process), ReferenceBank(pixels)
-    sizes = [*sorted({run.references for run in trainings(args)} - {None}, key=int), None]
+    sizes = [*sorted({run.references for run in trainings(args) if run.references is not None}), None]
     found = []
     levels = torch.logspace(-1, math.log10(50), 9, dtype=torch.float64).tolist()
     for level in [*levels, None]:  # None: the process's own distribution
@@ -221,8 +222,8 @@ def gradient_noise(process_name: str, args: argparse.Namespace, images: ImageCol
             output = None
             for n in sizes:
                 reference = bank if n is None else pixels[order[:n]] if n else None
-                source = {"source_index": order[:batch_size]} if n is None else {}
-                perturbed = objective.perturb(clean, reference=reference, t=t, noise=noise, **source)
+                source = order[:batch_size] if n is None else None
+                perturbed = objective.perturb(clean, reference=reference, source_index=source, t=t, noise=noise)
                 if output is None:
                     output = network(perturbed.model_input, perturbed.timestep).sample
                 loss = objective.loss(output, perturbed)

@@ -42,7 +42,7 @@ class Training:
 
 def trainings(args: argparse.Namespace) -> list[Training]:
     """All of them, seed by seed."""
-    sizes = (0, 256, 1024, None) if args.dataset_name is None else (0, 256, 1024, 4096, None)
+    sizes: tuple[int | None, ...] = (0, 256, 1024, *(() if args.dataset_name is None else (4096,)), None)
     if args.all_or_none:
         sizes = (0, None)
     return [Training(process, n, seed) for seed, process, n in product(range(args.seeds), args.processes, sizes)]
@@ -115,14 +115,14 @@ def draw(args: argparse.Namespace, results: list[dict[str, Any]], noise: list[di
             args.processes, figure.subplots(1, len(args.processes), squeeze=False)[0], strict=True
         ):
             for n in targets:
-                rows = [select(results, process, n, step) for step in evaluated_steps(args)]
+                steps = [select(results, process, n, step) for step in evaluated_steps(args)]
                 seen = [64 * step for step in evaluated_steps(args)]
                 if name == "time":
-                    rate = median([row["images_per_second"] for row in rows[-1]])
+                    rate = median([row["images_per_second"] for row in steps[-1]])
                     seen = [images / rate for images in seen]
-                values = [[row["frechet_distance"] for row in group] for group in rows]
+                values = [[row["frechet_distance"] for row in group] for group in steps]
                 axis.plot(
-                    seen, [mean(group) for group in values], color=colours[n], label=rows[0][0]["target"], marker="o"
+                    seen, [mean(group) for group in values], color=colours[n], label=steps[0][0]["target"], marker="o"
                 )
                 axis.fill_between(
                     seen, [min(v) for v in values], [max(v) for v in values], color=colours[n], alpha=0.15

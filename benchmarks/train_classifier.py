@@ -42,6 +42,7 @@ def main() -> None:
     column = find_image_column(dataset)
     label_column = find_label_column(dataset)
     pixels = decode_all(dataset, column, make_reader(dataset, column, "RGB", None, False), float("inf"), quiet=True)
+    assert pixels is not None  # no budget
     labels = torch.tensor(dataset[label_column])
 
     # Twice the usual smallest size: the network's stem makes images four times smaller.
@@ -62,9 +63,9 @@ def main() -> None:
         hidden_sizes=[32, 64, 128],
         depths=[2, 2, 2],
         layer_type="basic",
-        num_labels=int(labels.max()) + 1,
+        num_labels=int(labels.max()) + 1,  # type: ignore[call-arg]
     )
-    network = ResNetForImageClassification(config).to(device)
+    network = ResNetForImageClassification(config).to(device)  # type: ignore[arg-type]
     held_out = torch.arange(len(labels)) % 5 == 0
     train = (~held_out).nonzero()[:, 0]
     steps = args.epochs * (len(train) // 128)

@@ -79,7 +79,7 @@ def main() -> None:
             else:
                 noise = torch.randn_like(images)
                 timesteps = torch.randint(0, 1000, (len(images),), device=device)
-                noisy = scheduler.add_noise(images, noise, timesteps)  # type: ignore[arg-type]
+                noisy = scheduler.add_noise(images, noise, timesteps)
                 loss = F.mse_loss(unet(noisy, timesteps).sample.float(), noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

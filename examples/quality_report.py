@@ -27,6 +27,7 @@ from torch import Tensor
 from stf_diffusers.feature_extractors import FeatureExtractor, inception_features, transformers_features
 from stf_diffusers.metrics import NearestNeighbors, nearest_neighbors
 from stf_diffusers.quality import sample_quality
+from stf_diffusers.training.command_line import errors_in_flags, run
 from stf_diffusers.training.data_set import load_split
 from stf_diffusers.training.evaluation import SMALLEST, data_features, gathered
 from stf_diffusers.training.image_data import ImageColumn, open_images
@@ -148,7 +149,9 @@ def picture(samples: Tensor, train: Tensor, found: NearestNeighbors, chosen: Ten
 
 
 def main(argv: list[str] | None = None) -> None:
-    report(parse_args(argv))
+    args = parse_args(argv)
+    with errors_in_flags(vars(args)):
+        report(args)
     settle_communication()
 
 
@@ -209,4 +212,4 @@ def report(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

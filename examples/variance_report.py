@@ -29,6 +29,7 @@ from stf_diffusers import ReferenceBank, __version__, target_variance
 from stf_diffusers.diagnostics import TargetVariance
 from stf_diffusers.files import replacing
 from stf_diffusers.noise import NOISE_PROCESSES, NoiseProcess
+from stf_diffusers.training.command_line import errors_in_flags, run
 from stf_diffusers.training.data_set import find_image_column, find_label_column, load_split, read_labels
 from stf_diffusers.training.image_column import with_images, without_corrupt
 from stf_diffusers.training.image_reader import decode_all, make_reader
@@ -185,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     begun = time.perf_counter()
     process = make_process(args)
-    images, labels, data = load_images(args)
+    with errors_in_flags(vars(args)):
+        images, labels, data = load_images(args)
     bank = ReferenceBank(images, labels, device="cuda" if torch.cuda.is_available() else "cpu")
     rows = measure(args, process, bank)
     times = process.sample_t(100_000, generator=torch.Generator().manual_seed(args.seed))
@@ -207,4 +209,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

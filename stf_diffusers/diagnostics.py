@@ -132,6 +132,33 @@ def target_variance(
         ValueError: no images or images that are not finite; labels that do not fit, or labels beside a bank; a bank that is
             sharded or closed under flips; sizes, times or `num_samples` out of range.
     """
+    bank = _bank_to_measure(data, labels)
+    sizes = sorted(set(reference_batch_sizes))
+    if sizes and not 1 <= sizes[0] <= sizes[-1] <= len(bank):
+        raise ValueError(f"reference_batch_sizes must lie in [1, {len(bank)}], the number of images; got {sizes}.")
+    if num_samples < 2:
+        raise ValueError(f"num_samples must be at least 2, for a standard error; got {num_samples}.")
+    moments, alphas, sigmas, factors = _coefficients_at(times, process)
+    place = torch.device(device) if device is not None else bank.device
+    found = []
+    for index, time in enumerate(moments.tolist()):
+        alpha, sigma = alphas[index].item(), sigmas[index].item()
+        blocks = _draw_blocks(bank, sizes, num_samples, place, generator)
+        with full_precision(place.type):
+            measured = [_measure(bank.images, block, alpha, sigma, sizes) for block in blocks]
+        dsm, divergence, effective, *stf = torch.cat(measured, 1).cpu()
+        estimates = {n: _average(rows) for n, rows in zip(sizes, stf, strict=True)}
+        shares = {n: _quotient(rows, dsm) for n, rows in zip(sizes, stf, strict=True)}
+        found.append(
+            TargetVariance(
+                time, alpha, sigma, _average(dsm), estimates, shares, _average(divergence), _average(effective),
+                factors[index].item(), num_samples,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _bank_to_measure(data: Tensor | ReferenceBank, labels: Tensor | None) -> ReferenceBank:
     if isinstance(data, ReferenceBank):
         if labels is not None:
             raise ValueError("a bank has its own labels: make it with labels=, or pass its images with labels= here.")
@@ -141,14 +168,12 @@ def target_variance(
             raise ValueError(
                 f"the bank has augmentation={data.augmentation!r}; pass torch.cat([images, images.flip(-1)]) instead."
             )
-        bank = data
-    else:
-        bank = ReferenceBank(data, labels)
-    sizes = sorted(set(reference_batch_sizes))
-    if sizes and not 1 <= sizes[0] <= sizes[-1] <= len(bank):
-        raise ValueError(f"reference_batch_sizes must lie in [1, {len(bank)}], the number of images; got {sizes}.")
-    if num_samples < 2:
-        raise ValueError(f"num_samples must be at least 2, for a standard error; got {num_samples}.")
+        return data
+    return ReferenceBank(data, labels)
+
+
+def _coefficients_at(times: Tensor | Sequence[float], process: NoiseProcess) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(T,) float64 times, alphas, sigmas, and variances of the process's own target relative to that of x0."""
     moments = torch.as_tensor(times, dtype=torch.float64, device="cpu")
     if moments.ndim != 1 or not len(moments):
         raise ValueError(f"times must be a list (T,) of at least one; got shape {tuple(moments.shape)}.")
@@ -156,30 +181,7 @@ def target_variance(
     if not bool((sigmas.isfinite() & (sigmas > 0) & (alphas >= 0)).all()):
         raise ValueError(f"times must have a positive sigma; got sigma {sigmas.tolist()} at {moments.tolist()}.")
     a, b = process.output_coefficients(moments)
-    factors = (a - b * alphas / sigmas) ** 2
-    place = torch.device(device) if device is not None else bank.device
-    found = []
-    for index, time in enumerate(moments.tolist()):
-        alpha, sigma = alphas[index].item(), sigmas[index].item()
-        blocks = _draw_blocks(bank, sizes, num_samples, place, generator)
-        with full_precision(place.type):
-            measured = [_measure(bank.images, block, alpha, sigma, sizes) for block in blocks]
-        dsm, divergence, effective, *stf = torch.cat(measured, 1).cpu()
-        found.append(
-            TargetVariance(
-                time,
-                alpha,
-                sigma,
-                _average(dsm),
-                {n: _average(rows) for n, rows in zip(sizes, stf, strict=True)},
-                {n: _quotient(rows, dsm) for n, rows in zip(sizes, stf, strict=True)},
-                _average(divergence),
-                _average(effective),
-                factors[index].item(),
-                num_samples,
-            )
-        )
-    return found
+    return moments, alphas, sigmas, (a - b * alphas / sigmas) ** 2
 
 
 class _Block(NamedTuple):

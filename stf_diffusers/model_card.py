@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -16,6 +17,7 @@ from .export import (
     sampling_labels,
     stock_pipeline_class,
 )
+from .noise import NoiseProcess
 
 _TEMPLATE = """---
 {header}
@@ -74,6 +76,20 @@ _ADVICE = {
 }
 
 
+_PICTURE = """
+## Samples
+
+![Samples, not selected]({grid})
+"""
+
+_MEASURED = """
+## Measured
+
+| | |
+|---|---|
+{rows}
+"""
+
 _TARGETS = {
     "stf": "trained on the Stable Target Field (Xu et al., ICLR 2023) with `stf_diffusers`",
     "dsm": "trained by denoising score matching with `stf_diffusers`",
@@ -107,34 +123,22 @@ def model_card(
     network = network_of(pipeline)
     metadata: dict[str, Any] = pipeline.scheduler.config.get(METADATA_KEY) or {}
     process = process_from_config(metadata["process"]) if "process" in metadata else pipeline.process
-    saved = process_to_config(process)
     classes = sampling_labels(network, metadata)
     vae = next(
         (part for part in (getattr(pipeline, name, None) for name in ("vae", "vqvae")) if part is not None), None
     )
     channels, height, width = image_shape(network, vae)
     objective = metadata.get("objective", "stf" if "reference_batch_size" in metadata else None)
-    rows = {
-        "data": dataset or metadata.get("dataset"),
-        "noise process": f"{saved.pop('name').upper()} ({', '.join(f'{k} = {v}' for k, v in saved.items())})",
-        "references per target": {
-            "stf": f"{metadata.get('reference_batch_size', 0):,}"
-            + (" (all of the data)" if metadata.get("reference") == "bank" else ""),
-            "dsm": "none (denoising score matching)",
-        }.get(objective or ""),
-        "optimizer steps": f"{metadata['steps']:,}" if "steps" in metadata else None,
-        "images seen": f"{metadata['images_seen']:,}" if "images_seen" in metadata else None,
-        "weights": {True: "averaged over the training (EMA)", False: "as trained"}.get(metadata.get("use_ema", "")),
-    }
-    labels = f"class_labels={[classes[k % len(classes)] for k in range(4)]}" if classes else ""
     stock = stock_pipeline_class(network, process, vae)
-    if stock.__name__ == "DiTPipeline":
-        arguments = labels + ("" if metadata.get("class_dropout") else ", guidance_scale=1.0")
-    else:
-        arguments = "batch_size=4" + (f", {labels}" if labels else "")
-    more = f", {labels}" if labels else ""
+    labels = f"class_labels={[classes[k % len(classes)] for k in range(4)]}" if classes else ""
+    arguments = [] if stock.__name__ == "DiTPipeline" else ["batch_size=4"]
+    arguments += [labels] if labels else []
+    if stock.__name__ == "DiTPipeline" and not metadata.get("class_dropout"):
+        arguments.append("guidance_scale=1.0")
+    more = [labels] if labels else []
     if channels not in (1, 3, 4):
-        more, arguments = more + ', output_type="np"', arguments + ', output_type="np"'
+        more.append('output_type="np"')
+        arguments.append('output_type="np"')
     header = ModelCardData(
         library_name="diffusers",
         license=license or metadata.get("license"),
@@ -151,16 +155,40 @@ def model_card(
             channels=channels,
             parameters=network.num_parameters() / 1e6,
             target=_TARGETS[objective],
-            rows="\n".join(f"| {key} | {value} |" for key, value in rows.items() if value),
+            rows=_table(_training_rows(metadata, process, objective, dataset)),
             repository=repository,
             steps=num_inference_steps,
-            more=more,
-            arguments=arguments,
+            more="".join(f", {argument}" for argument in more),
+            arguments=", ".join(arguments),
             advice=_ADVICE[stock.__name__],
-            picture=f"\n## Samples\n\n![Samples, not selected]({grid})\n" if grid else "",
-            measured="\n## Measured\n\n| | |\n|---|---|\n" + "".join(f"| {k} | {v:.4g} |\n" for k, v in metrics.items())
-            if metrics
-            else "",
+            picture=_PICTURE.format(grid=grid) if grid else "",
+            measured=_MEASURED.format(rows=_table({k: f"{v:.4g}" for k, v in metrics.items()})) if metrics else "",
         ),
         ignore_metadata_errors=False,
     )
+
+
+def _training_rows(
+    metadata: dict[str, Any], process: NoiseProcess, objective: str | None, dataset: str | None
+) -> dict[str, str | None]:
+    """How the network was trained, by what it is called; None where the metadata do not tell."""
+    parameters = process_to_config(process)
+    name = parameters.pop("name").upper()
+    references = {
+        "stf": f"{metadata.get('reference_batch_size', 0):,}"
+        + (" (all of the data)" if metadata.get("reference") == "bank" else ""),
+        "dsm": "none (denoising score matching)",
+    }
+    return {
+        "data": dataset or metadata.get("dataset"),
+        "noise process": f"{name} ({', '.join(f'{k} = {v}' for k, v in parameters.items())})",
+        "references per target": references.get(objective or ""),
+        "optimizer steps": f"{metadata['steps']:,}" if "steps" in metadata else None,
+        "images seen": f"{metadata['images_seen']:,}" if "images_seen" in metadata else None,
+        "weights": {True: "averaged over the training (EMA)", False: "as trained"}.get(metadata.get("use_ema", "")),
+    }
+
+
+def _table(rows: Mapping[str, str | None]) -> str:
+    """Rows of a Markdown table, of what is known."""
+    return "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .denoising import network_denoiser
+from .denoising import Denoiser, network_denoiser
 from .export import (
     METADATA_KEY,
     diffusers_pipeline,
@@ -133,75 +133,36 @@ class STFPipeline(DiffusionPipeline):
         Raises:
             ValueError: arguments that do not fit the network or each other.
         """
-        network = network_of(self)
-        process_of(self.scheduler, network)  # either may have been replaced
-        config = network.config
-        size = config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, config["in_channels"], height, width)
-        for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; got {value}.")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type must be 'pil', 'np' or 'pt'; got {output_type!r}.")
-        autoencoder = self.autoencoder
-        channels = self.channels
-        if output_type == "pil" and channels not in (1, 3, 4):
-            raise ValueError(f"PIL has no images of {channels} channels: pass output_type='np' or 'pt'.")
+        process_of(self.scheduler, network_of(self))  # either may have been replaced
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        self._check_call(batch_size, num_inference_steps, output_type, generator)
         if callback_on_step_end is not None and solver in ("rk45", "scheduler"):
             raise ValueError(f"callback_on_step_end needs solver='heun' or 'euler'; got {solver!r}.")
-        generator = list(generator) if isinstance(generator, tuple) else generator
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators for {batch_size} images: pass one, or one for each image.")
         if solver == "scheduler" and guidance_scale != 1:
             raise ValueError("solver='scheduler' has no guidance: pass guidance_scale=1.0, or another solver.")
-        device = self._execution_device
-        labels = self._labels(class_labels, batch_size, device)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {shape}; got {tuple(latents.shape)}.")
-        latents = latents.to(device, torch.float64)
-        denoise = network_denoiser(
-            network,
-            self.process,
-            class_labels=labels,
-            guidance_scale=guidance_scale,
-            null_label=self.scheduler.config.get(METADATA_KEY, {}).get("null_label"),
-        )
-        sigma_min, sigma_max = self._sigma_range()
-        if solver in ("heun", "euler"):
-            discretization = Discretization.edm(num_inference_steps, sigma_min, sigma_max)
-            with self.progress_bar(total=num_inference_steps) as progress:
-
-                def on_step_end(step: int, x: Tensor) -> Tensor | None:
-                    progress.update()
-                    if callback_on_step_end is None:
-                        return None
-                    level = discretization.times[step + 1]
-                    return (callback_on_step_end(self, step, level, {"latents": x}) or {}).get("latents")
-
-                images = sample_ode(denoise, latents, discretization, method=solver, on_step_end=on_step_end)
-            evaluations = 2 * num_inference_steps - 1 if solver == "heun" else num_inference_steps
-        elif solver == "rk45":
-            bar = {**getattr(self, "_progress_bar_config", {}), "unit": "evaluation"}
-            with tqdm(**bar) as progress:
-
-                def counted(x: Tensor, sigma: Tensor) -> Tensor:
-                    progress.update()
-                    return denoise(x, sigma)
-
-                images, evaluations = sample_rk45(
-                    counted, latents, sigma_min=sigma_min, sigma_max=sigma_max, rtol=tolerance, atol=tolerance
-                )
-        elif solver == "scheduler":
+        labels = self._labels(class_labels, batch_size, self._execution_device)
+        latents = self._initial_noise(batch_size, generator, latents)
+        if solver == "scheduler":
             images, evaluations = self._scheduler_samples(latents, num_inference_steps, labels, generator)
         else:
-            raise ValueError(f"solver must be 'heun', 'euler', 'rk45' or 'scheduler'; got {solver!r}.")
+            denoise = network_denoiser(
+                network_of(self),
+                self.process,
+                class_labels=labels,
+                guidance_scale=guidance_scale,
+                null_label=self.scheduler.config.get(METADATA_KEY, {}).get("null_label"),
+            )
+            if solver == "rk45":
+                images, evaluations = self._adaptive_samples(denoise, latents, tolerance)
+            elif solver in ("heun", "euler"):
+                images = self._ode_samples(denoise, latents, num_inference_steps, solver, callback_on_step_end)
+                evaluations = 2 * num_inference_steps - 1 if solver == "heun" else num_inference_steps
+            else:
+                raise ValueError(f"solver must be 'heun', 'euler', 'rk45' or 'scheduler'; got {solver!r}.")
         self.maybe_free_model_hooks()
-        if autoencoder is not None:
-            scale = autoencoder.config.get("scaling_factor", 1.0)
-            images = autoencoder.decode((images / scale).to(autoencoder.dtype)).sample.to(torch.float64)
+        if self.autoencoder is not None:
+            scale = self.autoencoder.config.get("scaling_factor", 1.0)
+            images = self.autoencoder.decode((images / scale).to(self.autoencoder.dtype)).sample.to(torch.float64)
         pictures = (images / 2 + 0.5).clamp(0, 1)
         result: Any = pictures
         if output_type != "pt":
@@ -210,9 +171,32 @@ class STFPipeline(DiffusionPipeline):
                 result = self.numpy_to_pil(result)
         return STFPipelineOutput(images=result, num_evaluations=evaluations) if return_dict else (result,)
 
+    def _check_call(self, batch_size: int, num_inference_steps: int, output_type: str, generator: Any) -> None:
+        for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1; got {value}.")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type must be 'pil', 'np' or 'pt'; got {output_type!r}.")
+        if output_type == "pil" and self.channels not in (1, 3, 4):
+            raise ValueError(f"PIL has no images of {self.channels} channels: pass output_type='np' or 'pt'.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for {batch_size} images: pass one, or one for each image.")
+
+    def _initial_noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
+        """(B, C, H, W) float64, drawn where no `latents` are given."""
+        config, device = network_of(self).config, self._execution_device
+        size = config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, config["in_channels"], height, width)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}; got {tuple(latents.shape)}.")
+        return latents.to(device, torch.float64)
+
     @property
     def channels(self) -> int:
-        """Of the images."""
+        """Number of channels of the images."""
         if self.autoencoder is None:
             return int(network_of(self).config["in_channels"])
         config = self.autoencoder.config
@@ -248,6 +232,35 @@ class STFPipeline(DiffusionPipeline):
         # EDM networks are trained at all noise levels; the scheduler's config has those to sample at.
         config = self.scheduler.config
         return config.get("sigma_min", low), config.get("sigma_max", high)
+
+    def _ode_samples(
+        self, denoise: Denoiser, latents: Tensor, num_steps: int, method: Literal["heun", "euler"], callback: Any
+    ) -> Tensor:
+        discretization = Discretization.edm(num_steps, *self._sigma_range())
+        with self.progress_bar(total=num_steps) as progress:
+
+            def on_step_end(step: int, x: Tensor) -> Tensor | None:
+                progress.update()
+                if callback is None:
+                    return None
+                level = discretization.times[step + 1]
+                return (callback(self, step, level, {"latents": x}) or {}).get("latents")
+
+            return sample_ode(denoise, latents, discretization, method=method, on_step_end=on_step_end)
+
+    def _adaptive_samples(self, denoise: Denoiser, latents: Tensor, tolerance: float) -> tuple[Tensor, int]:
+        sigma_min, sigma_max = self._sigma_range()
+        bar = {**getattr(self, "_progress_bar_config", {}), "unit": "evaluation"}
+        with tqdm(**bar) as progress:
+
+            def counted(x: Tensor, sigma: Tensor) -> Tensor:
+                progress.update()
+                return denoise(x, sigma)
+
+            images, evaluations = sample_rk45(
+                counted, latents, sigma_min=sigma_min, sigma_max=sigma_max, rtol=tolerance, atol=tolerance
+            )
+        return images, evaluations
 
     def _scheduler_samples(
         self, latents: Tensor, num_steps: int, labels: Tensor | None, generator: Any

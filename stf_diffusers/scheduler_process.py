@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .noise import NoiseProcess
 from .prediction import edm_preconditioning, prediction_coefficients, raw_output_coefficients, vp_preconditioning
+
+
+class _TrainingTable(NamedTuple):
+    """A scheduler's coefficients at its training timesteps, and its family: how it adds noise and takes the input."""
+
+    family: Literal["alphas_cumprod", "sigmas", "edm", "flow"]
+    timesteps: Tensor
+    alphas: Tensor
+    sigmas: Tensor
+
+
+def _training_table(scheduler: Any, fresh: Any) -> _TrainingTable | None:
+    """What is told by the tables of `scheduler` and of a `fresh` copy; None for a scheduler of no family."""
+    if hasattr(fresh, "alphas_cumprod") and fresh.init_noise_sigma == 1:
+        cumulative = torch.as_tensor(scheduler.alphas_cumprod).to("cpu", torch.float32)
+        # The scheduler's own expressions, so that alpha and sigma agree with its add_noise to the last bit.
+        timesteps = torch.arange(len(cumulative))
+        return _TrainingTable("alphas_cumprod", timesteps, cumulative**0.5, (1 - cumulative) ** 0.5)
+    if getattr(fresh, "timesteps", None) is None or getattr(fresh, "sigmas", None) is None:
+        return None
+    timesteps = torch.as_tensor(fresh.timesteps)
+    sigmas = torch.as_tensor(fresh.sigmas)[: len(timesteps)].to(torch.float32)
+    if hasattr(fresh, "scale_noise"):
+        return _TrainingTable("flow", timesteps, 1.0 - sigmas, sigmas)
+    if hasattr(fresh, "precondition_outputs"):
+        return _TrainingTable("edm", timesteps, torch.ones_like(sigmas), sigmas)
+    if hasattr(fresh, "alphas_cumprod"):
+        return _TrainingTable("sigmas", timesteps, torch.ones_like(sigmas), sigmas)
+    return None
 
 
 class SchedulerProcess(NoiseProcess):
@@ -45,34 +74,18 @@ class SchedulerProcess(NoiseProcess):
                 f"{self.scheduler_name} with use_flow_sigmas samples flow-matching models; it has no table to train on. "
                 "Use FlowMatchEulerDiscreteScheduler, or stf_diffusers.FlowMatching."
             )
-        if hasattr(fresh, "alphas_cumprod") and fresh.init_noise_sigma == 1:
-            self.family = "alphas_cumprod"
-            cumulative = torch.as_tensor(scheduler.alphas_cumprod).to("cpu", torch.float32)
-            # The scheduler's own expressions, so that alpha and sigma agree with its add_noise to the last bit.
-            alphas, sigmas = cumulative**0.5, (1 - cumulative) ** 0.5
-            timesteps = torch.arange(len(cumulative))
-            if hasattr(fresh, "index_for_timestep"):
-                own = fresh.add_noise(torch.zeros(1), torch.ones(1), timesteps[-1:])
-                self.add_noise_is_backward = not torch.allclose(own, sigmas[-1:])
-        elif getattr(fresh, "timesteps", None) is not None and getattr(fresh, "sigmas", None) is not None:
-            timesteps = torch.as_tensor(fresh.timesteps)
-            sigmas = torch.as_tensor(fresh.sigmas)[: len(timesteps)].to(torch.float32)
-            alphas = torch.ones_like(sigmas)
-            if hasattr(fresh, "scale_noise"):
-                self.family, self.prediction_type, alphas = "flow", "flow_prediction", 1.0 - sigmas
-            elif hasattr(fresh, "precondition_outputs"):
-                self.family = "edm"
-            elif hasattr(fresh, "alphas_cumprod"):
-                self.family = "sigmas"
-            else:
-                self.family = ""
-        else:
-            self.family = ""
-        if not self.family:
+        found = _training_table(scheduler, fresh)
+        if found is None:
             raise TypeError(
                 f"{self.scheduler_name} has no forward process that SchedulerProcess knows. Use the scheduler that the "
                 "training script calls add_noise on, for instance DDPMScheduler.from_config(scheduler.config)."
             )
+        self.family, timesteps, alphas, sigmas = found
+        if self.family == "flow":
+            self.prediction_type = "flow_prediction"
+        if self.family == "alphas_cumprod" and hasattr(fresh, "index_for_timestep"):
+            own = fresh.add_noise(torch.zeros(1), torch.ones(1), timesteps[-1:])
+            self.add_noise_is_backward = not torch.allclose(own, sigmas[-1:])
         if self.family in ("alphas_cumprod", "sigmas"):
             prediction_coefficients(self.prediction_type, alphas, sigmas)  # an unknown type is an error here
         elif self.family == "edm" and self.prediction_type not in ("epsilon", "v_prediction"):

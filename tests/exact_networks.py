@@ -1,16 +1,18 @@
 """Exact denoisers, and the networks that training would converge to, written without the package's code."""
 
+from __future__ import annotations
+
 from types import SimpleNamespace
 
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from torch import nn
+from torch import Tensor, nn
 
 from stf_diffusers import EDM, VE, VP, FlowMatching
 
 
-def denoise_points(points, x, sigma, mask=None):
+def denoise_points(points: Tensor, x: Tensor, sigma: Tensor | float, mask: Tensor | None = None) -> Tensor:
     """E[x0 | x0 + sigma noise = x] for x0 uniform on `points` (n, ...), or on those that a row's `mask` (B, n) allows."""
     flat, refs = x.flatten(1), points.to(x).flatten(1)
     logits = -(flat[:, None] - refs).square().sum(2) / (2 * torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1) ** 2)
@@ -19,7 +21,7 @@ def denoise_points(points, x, sigma, mask=None):
     return (logits.softmax(1) @ refs).reshape(x.shape)
 
 
-def denoise_gaussian(mean, covariance, x, sigma):
+def denoise_gaussian(mean: Tensor, covariance: Tensor, x: Tensor, sigma: Tensor | float) -> Tensor:
     """E[x0 | x0 + sigma noise = x] for x0 normal with `mean` (D,) and `covariance` (D, D)."""
     noisy = covariance + float(sigma) ** 2 * torch.eye(len(mean), dtype=x.dtype)
     return (mean + (x.flatten(1) - mean) @ torch.linalg.solve(noisy, covariance)).reshape(x.shape)
@@ -31,12 +33,12 @@ class ExactNetwork(nn.Module):
     Class k is the points k, k + classes, ...; the class after the last one is the dropped condition. Runs in float64.
     """
 
-    def __init__(self, process, points, classes=None):
+    def __init__(self, process: str, points: Tensor, classes: int | None = None) -> None:
         super().__init__()
         self.process, self.points, self.classes = process, points.double(), classes
         self.evaluations = 0
 
-    def forward(self, sample, timestep, class_labels=None):
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> SimpleNamespace:
         self.evaluations += 1
         assert timestep.shape == (len(sample),) and timestep.is_floating_point()
         t = timestep.double().reshape(-1, *[1] * (sample.ndim - 1))
@@ -54,6 +56,7 @@ class ExactNetwork(nn.Module):
             ratio, scale = t / 1000 / (1 - t / 1000), 1 - t / 1000
         x, mask = sample.double() / scale, None
         if class_labels is not None:
+            assert self.classes is not None
             owner = torch.arange(len(self.points)) % self.classes
             mask = (owner == class_labels[:, None]) | (class_labels[:, None] == self.classes)
         denoised = denoise_points(self.points, x, ratio.flatten(), mask)
@@ -66,7 +69,7 @@ class ExactNetwork(nn.Module):
 PROCESSES = {"edm": EDM(sigma_data=0.6), "ve": VE(), "vp": VP(), "flow": FlowMatching()}
 
 
-def small_unet(channels=1, size=4, classes=None):
+def small_unet(channels: int = 1, size: int = 4, classes: int | None = None) -> UNet2DModel:
     """An untrained network of Diffusers with the same weights at each call."""
     torch.manual_seed(0)
     return UNet2DModel(
@@ -83,7 +86,7 @@ def small_unet(channels=1, size=4, classes=None):
     )
 
 
-def noise_to_signal(name, timestep):
+def noise_to_signal(name: str, timestep: Tensor) -> Tensor:
     """sigma/alpha at the network's timestep, from the formulas of the papers."""
     t = timestep.double()
     if name == "edm":
@@ -99,11 +102,17 @@ def noise_to_signal(name, timestep):
 class ExactUNet(UNet2DModel):
     """As `ExactNetwork`, as a class that pipelines take: ``ExactUNet.from_config(config).attach("edm", points)``."""
 
-    def attach(self, name, points):
+    def attach(self, name: str, points: Tensor) -> ExactUNet:
         self.name, self.points = name, points.double()
         return self
 
-    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor] | None:
         timestep = torch.as_tensor(timestep).reshape(-1)[:1].expand(len(sample))
         if self.name == "flow":
             return UNet2DOutput(sample=self.velocity(sample, timestep.double() / 1000)) if return_dict else None
@@ -120,7 +129,7 @@ class ExactUNet(UNet2DModel):
         output = output.reshape(sample.shape).to(sample.dtype)
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
-    def velocity(self, sample, t):
+    def velocity(self, sample: Tensor, t: Tensor) -> Tensor:
         """noise - x0, also at t = 1, where nothing of the image is left."""
         x, t = sample.double().flatten(1), t[:, None]
         distance = (x[:, None] - (1 - t[:, None]) * self.points.flatten(1)).square().sum(2)

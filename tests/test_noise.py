@@ -1,4 +1,4 @@
-"""Forward processes: the rows of the design's table, and Diffusers' schedulers in their own arithmetic."""
+"""Forward processes: the rows of the design's table, their training distributions, every prediction type."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from oracles import TABLE, images, normal, rows, worst
+from processes import SCHEDULERS
 from stf_diffusers import EDM, VE, VP, FlowMatching, NoiseProcess, SchedulerProcess
 from stf_diffusers.noise import expand_as_rows
 from stf_diffusers.prediction import recover_x0_and_noise
@@ -146,64 +147,6 @@ def test_times_follow_the_training_distribution(name):
     assert stats.kstest(t.double().numpy(), cdf).pvalue > 1e-3
 
 
-SCHEDULERS = {
-    "ddpm": lambda: diffusers.DDPMScheduler(),
-    "ddpm sample": lambda: diffusers.DDPMScheduler(prediction_type="sample", clip_sample=False),
-    "ddpm v zero-snr": lambda: diffusers.DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
-    "ddpm cosine": lambda: diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-    "ddpm scaled": lambda: diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
-    "ddpm short": lambda: diffusers.DDPMScheduler(num_train_timesteps=50, prediction_type="v_prediction"),
-    "ddim": lambda: diffusers.DDIMScheduler(),
-    "ddim v": lambda: diffusers.DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
-    "pndm": lambda: diffusers.PNDMScheduler(),
-    "dpm-solver": lambda: diffusers.DPMSolverMultistepScheduler(),
-    "dpm-solver karras": lambda: diffusers.DPMSolverMultistepScheduler(
-        use_karras_sigmas=True, prediction_type="v_prediction"
-    ),
-    "euler": lambda: diffusers.EulerDiscreteScheduler(),
-    "euler v": lambda: diffusers.EulerDiscreteScheduler(prediction_type="v_prediction", timestep_spacing="trailing"),
-    "euler v zero-snr": lambda: diffusers.EulerDiscreteScheduler(
-        prediction_type="v_prediction", rescale_betas_zero_snr=True
-    ),
-    "edm": lambda: diffusers.EDMEulerScheduler(),
-    "edm v": lambda: diffusers.EDMEulerScheduler(prediction_type="v_prediction", sigma_data=1.0),
-    "edm dpm-solver": lambda: diffusers.EDMDPMSolverMultistepScheduler(sigma_data=0.7, sigma_max=20.0),
-    "flow": lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
-    "flow shifted": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-}
-
-
-@pytest.fixture(params=SCHEDULERS)
-def scheduler(request):
-    return SCHEDULERS[request.param]()
-
-
-def training_timesteps(scheduler):
-    """The table of a fresh scheduler, ascending: integers for the schedulers that index alphas_cumprod with them."""
-    if hasattr(scheduler, "alphas_cumprod") and scheduler.init_noise_sigma == 1:
-        return torch.arange(len(scheduler.alphas_cumprod))
-    return scheduler.timesteps.flip(0)
-
-
-def some_timesteps(scheduler):
-    """Nine of the table, both ends included."""
-    table = training_timesteps(scheduler)
-    return table[torch.linspace(0, len(table) - 1, 9).long()]
-
-
-def test_sampled_timesteps_are_uniform_over_the_table(scheduler):
-    """Chi-square over 25 equal bins of the training table: p > 0.001. All draws can be noised."""
-    process = SchedulerProcess(scheduler)
-    t = process.sample_t(25_000, torch.Generator().manual_seed(0))
-    assert t.dtype == process.timesteps.dtype and torch.isin(t, process.timesteps).all()
-    assert (process.sigma(t) > 0).all()
-    rank = torch.searchsorted(process.timesteps, t)
-    size = len(process.timesteps)
-    counts = (rank * 25 // size).bincount(minlength=25)
-    expected = (torch.arange(size) * 25 // size).bincount(minlength=25).double() * 25_000 / size
-    assert stats.chisquare(counts.numpy(), expected.numpy()).pvalue > 1e-3
-
-
 @pytest.mark.parametrize("process", [*(row[0] for row in CONTINUOUS.values()), FlowMatching("logit_normal"), "ddpm"])
 def test_draws_belong_to_the_generator(process):
     """The same seed gives the same times, another seed others; the global generator is neither read nor advanced."""
@@ -246,147 +189,6 @@ def test_processes_are_frozen_values(process):
     assert process == dataclasses.replace(process) and hash(process) == hash(dataclasses.replace(process))
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(process, dataclasses.fields(process)[0].name, 1.0)
-
-
-# ---- Diffusers' schedulers
-
-
-def test_forward_process_is_the_schedulers_own(scheduler):
-    """add_noise / scale_noise of the fresh scheduler, in float32, bit for bit."""
-    t = some_timesteps(scheduler)
-    x0, noise = images(9, 3, 4, 9), normal(9, 3, 4, 9)
-    got = SchedulerProcess(scheduler).add_noise(x0, noise, t)
-    if isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):
-        # Before set_timesteps its add_noise takes the noise levels in reverse; it uses 1 / sqrt(1 + sigma^2) for alpha.
-        scheduler.set_timesteps(9)
-        t = scheduler.timesteps
-        got = SchedulerProcess(scheduler).add_noise(x0, noise, t)
-        if not scheduler.config.use_karras_sigmas:
-            torch.testing.assert_close(got, scheduler.add_noise(x0, noise, t), rtol=1e-4, atol=1e-5)
-        scheduler = diffusers.DDPMScheduler.from_config(scheduler.config)  # the same process, and the one to train with
-    if hasattr(scheduler, "scale_noise"):
-        assert torch.equal(got, scheduler.scale_noise(x0, t, noise))
-    else:
-        assert torch.equal(got, scheduler.add_noise(x0, noise, t))
-
-
-def test_whole_training_table_is_covered(scheduler):
-    process = SchedulerProcess(scheduler)
-    assert torch.equal(process.timesteps, training_timesteps(scheduler))
-    assert process.alpha(process.timesteps).dtype == process.sigma(process.timesteps).dtype == torch.float32
-
-
-def test_network_input_is_the_schedulers_own(scheduler):
-    """scale_model_input (EDM: precondition_inputs), and the timestep itself."""
-    process = SchedulerProcess(scheduler)
-    sample = normal(9, 3, 4, 4)
-    for t, x in zip(some_timesteps(scheduler), sample, strict=True):
-        if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-            expected = x  # flow networks see x_t itself
-        else:
-            scheduler._step_index = None
-            expected = scheduler.scale_model_input(x, t)
-        torch.testing.assert_close(process.input_scale(t[None]) * x, expected, rtol=1e-6, atol=1e-7)
-    t = some_timesteps(scheduler)
-    assert process.timestep(t) is t or torch.equal(process.timestep(t), t)
-
-
-def denoised_by(scheduler, y, noisy, t):
-    """What the scheduler itself takes the network output y for: its estimate of x0."""
-    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        return noisy - scheduler.sigmas[scheduler.index_for_timestep(t)] * y
-    if hasattr(scheduler, "precondition_outputs"):
-        return scheduler.precondition_outputs(noisy, y, scheduler.sigmas[scheduler.index_for_timestep(t)])
-    if isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):
-        scheduler.sigmas, scheduler._step_index = (1 / scheduler.alphas_cumprod - 1).sqrt(), int(t)
-        return scheduler.convert_model_output(y, sample=noisy)
-    if isinstance(scheduler, diffusers.EulerDiscreteScheduler):
-        scheduler._step_index = None
-        scheduler.is_scale_input_called = True
-        return scheduler.step(y, t, noisy).pred_original_sample
-    if isinstance(scheduler, diffusers.PNDMScheduler):
-        alpha = scheduler.alphas_cumprod[int(t)] ** 0.5
-        return (noisy - (1 - scheduler.alphas_cumprod[int(t)]) ** 0.5 * y) / alpha
-    plain = type(scheduler).from_config(scheduler.config, clip_sample=False)
-    plain.set_timesteps(len(scheduler.timesteps))
-    return plain.step(y, int(t), noisy).pred_original_sample
-
-
-def test_network_output_is_the_schedulers_own(scheduler):
-    """a x0 + b noise is what the scheduler's own step reads as x0."""
-    process = SchedulerProcess(scheduler)
-    t = some_timesteps(scheduler)[:-1]  # at the last of a zero-SNR schedule x_t says nothing of x0
-    x0, noise = images(8, 3, 4, 4), normal(8, 3, 4, 4)
-    noisy = process.add_noise(x0, noise, t)
-    a, b = (expand_as_rows(c.float(), x0) for c in process.output_coefficients(t))
-    y = a * x0 + b * noise
-    for i in range(len(t)):
-        ratio = (process.sigma(t) / process.alpha(t))[i].item()
-        error = worst(denoised_by(scheduler, y[i], noisy[i], t[i]), x0[i])
-        assert error < 3e-6 * (1 + ratio), (t[i], error)
-
-
-def test_sampling_timesteps_change_nothing(scheduler):
-    """The training tables are used, whatever set_timesteps has put in their place; the scheduler is left alone."""
-    fresh = SchedulerProcess(scheduler)
-    scheduler.set_timesteps(10)
-    kept = scheduler.timesteps.clone()
-    used = SchedulerProcess(scheduler)
-    assert torch.equal(used.timesteps, fresh.timesteps)
-    for table in (NoiseProcess.alpha, NoiseProcess.sigma):
-        method = table.__name__
-        assert torch.equal(getattr(used, method)(used.timesteps), getattr(fresh, method)(fresh.timesteps))
-    assert torch.equal(scheduler.timesteps, kept) and len(kept) < len(fresh.timesteps)
-
-
-def test_timesteps_outside_the_table_raise(scheduler):
-    process = SchedulerProcess(scheduler)
-    table = process.timesteps
-    outside = [table[-1] + 1, table[0] - 1, (table[3] + table[4]).double() / 2, torch.tensor(float("nan"))]
-    for t in outside:
-        with pytest.raises(ValueError, match=r"are not among the \d+ training timesteps.*SchedulerProcess.sample_t"):
-            process.sigma(t[None].double())
-    # A float32 rounding away is the same timestep.
-    assert torch.equal(process.sigma(table.double() * (1 + 1e-7)), process.sigma(table))
-
-
-@pytest.mark.parametrize(
-    "thing", [object(), None, 3, diffusers.DDPMScheduler, EDM()], ids=lambda thing: type(thing).__name__
-)
-def test_not_a_scheduler(thing):
-    with pytest.raises(TypeError, match="needs a Diffusers scheduler; got"):
-        SchedulerProcess(thing)
-
-
-def test_schedulers_without_a_known_forward_process():
-    for name in ("ScoreSdeVeScheduler", "IPNDMScheduler", "CMStochasticIterativeScheduler"):
-        with pytest.raises(
-            TypeError, match=f"{name} has no forward process.*Use the scheduler that the training script"
-        ):
-            SchedulerProcess(getattr(diffusers, name)())
-    with pytest.raises(
-        ValueError, match=r"does not grow with its timesteps.*training counterpart, for instance DDPMScheduler"
-    ):
-        SchedulerProcess(diffusers.KDPM2DiscreteScheduler())
-
-
-def test_flow_sigmas_are_refused():
-    """Solvers that sample flow-matching models keep the table of another process."""
-    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
-        scheduler = getattr(diffusers, name)(use_flow_sigmas=True, prediction_type="flow_prediction")
-        with pytest.raises(TypeError, match=f"{name} with use_flow_sigmas.*FlowMatchEulerDiscreteScheduler"):
-            SchedulerProcess(scheduler)
-
-
-def test_unknown_prediction_types_are_refused():
-    with pytest.raises(ValueError, match="prediction_type must be one of"):
-        SchedulerProcess(diffusers.DDPMScheduler(prediction_type="x1"))
-    with pytest.raises(ValueError, match="preconditions 'epsilon' or 'v_prediction'; got 'sample'"):
-        SchedulerProcess(diffusers.EDMDPMSolverMultistepScheduler(prediction_type="sample"))
-
-
-def test_repr_names_the_scheduler():
-    assert repr(SchedulerProcess(SCHEDULERS["ddpm"]())) == "SchedulerProcess(DDPMScheduler, prediction_type='epsilon')"
 
 
 # ---- every process with every prediction type

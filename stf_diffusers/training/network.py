@@ -11,11 +11,9 @@ from diffusers.models.embeddings import LabelEmbedding
 
 from ..export import DIT_NULL_LABEL, Network, read_metadata
 from .conditioning import Conditioning
+from .presets import PRESETS
 
 _KINDS: dict[str, type[Network]] = {"UNet2DModel": UNet2DModel, "DiTTransformer2DModel": DiTTransformer2DModel}
-
-# Configs of networks by name; the side of the images that they are made for is in the name.
-PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.json"))}
 
 
 def new_network(
@@ -25,32 +23,28 @@ def new_network(
     num_classes: int | None = None,
     class_dropout: float = 0.0,
     reorient: float = 0.0,
+    cache_dir: str | None = None,
 ) -> tuple[Network, Conditioning]:
     """A network with random weights.
 
     Args:
         shape: (C, R, R) of the images or latents.
-        model_config: a name in `PRESETS`, or a config file of a `UNet2DModel` or `DiTTransformer2DModel`; sizes, channels
-            and classes in it are replaced. None: the preset for images of this size.
+        model_config: as for `network_config`, of a `UNet2DModel` or `DiTTransformer2DModel`; sizes, channels and classes in
+            it are replaced. None: the preset for images of this size.
         num_classes, class_dropout, reorient: as for `Conditioning`.
+        cache_dir: where downloads are kept.
 
     Raises:
         ValueError: no such config, or a network that does not fit.
     """
     channels, resolution, _ = shape
     preset = "digits_12" if resolution <= 16 else "cifar10_32" if resolution <= 32 else "celeba_64"
-    path = PRESETS.get(model_config or preset) or Path(model_config or "")
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model_config={str(path)!r} is neither a preset ({', '.join(PRESETS)}) nor a readable JSON file: {error}"
-        ) from error
-    name = config.get("_class_name", "UNet2DModel") if isinstance(config, dict) else None
+    config = network_config(model_config or preset, cache_dir)
+    name = config.get("_class_name", "UNet2DModel")
     if name not in _KINDS:
         raise ValueError(
-            f"model_config={str(path)!r} must be the config of a {' or a '.join(_KINDS)}, as the presets are: "
-            f"{', '.join(PRESETS)}."
+            f"model_config={model_config!r} must be the config of a {' or a '.join(_KINDS)}, as the presets are: "
+            f"{', '.join(PRESETS)}; got {name}."
         )
     transformer = _KINDS[name] is DiTTransformer2DModel
     conditioning = Conditioning(num_classes, class_dropout, reorient, transformer)
@@ -59,6 +53,31 @@ def new_network(
     network = _KINDS[name].from_config({**config, **fitted, table: conditioning.embeddings})
     fit_network(network, shape, conditioning)
     return network, conditioning
+
+
+def network_config(name_or_path: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """The config of a network.
+
+    Args:
+        name_or_path: a name in `PRESETS`, a JSON file, or a network of Diffusers, a folder or on the Hub.
+        cache_dir: where downloads are kept.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    try:
+        if name_or_path not in PRESETS and not Path(name_or_path).is_file():
+            return dict(UNet2DModel.load_config(name_or_path, cache_dir=cache_dir))
+        config = json.loads(PRESETS.get(name_or_path, Path(name_or_path)).read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}, not an object")
+    # Files, folders and the Hub's client each raise errors of their own.
+    except Exception as error:
+        raise ValueError(
+            f"model_config={name_or_path!r} is neither a preset ({', '.join(PRESETS)}) nor a readable JSON file or network "
+            f"of Diffusers: {error}"
+        ) from error
+    return config
 
 
 def pretrained_network(

@@ -1,0 +1,146 @@
+"""The posterior mean in every dtype, whatever the precision that the caller has set for products."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from oracles import CONTEXTS, SIGMAS, normal, posterior, problem, rows, worst
+from stf_diffusers import posterior_mean
+
+# ---- dtypes
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_close_to_float64(dtype, alpha, context):
+    """Half-precision inputs cost their own rounding and nothing more."""
+    noisy, reference, alpha, sigma = problem(dtype=dtype, alpha=alpha)
+    with CONTEXTS[context]():
+        result = posterior_mean(noisy, reference, alpha=alpha, sigma=sigma)
+    weights, expected = posterior(noisy, reference, alpha, sigma)
+    assert result.mean.dtype == result.effective_sample_size.dtype == torch.float32
+    assert worst(result.mean, expected) < 1e-5
+    torch.testing.assert_close(result.effective_sample_size.double(), 1 / weights.square().sum(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_float64_in_float64_out(chunk_size):
+    noisy, reference, alpha, sigma = problem(dtype=torch.float64, sigmas=SIGMAS.double())
+    result = posterior_mean(noisy, reference, alpha=alpha, sigma=sigma, chunk_size=chunk_size)
+    weights, expected = posterior(noisy, reference, alpha, sigma)
+    assert result.mean.dtype == result.effective_sample_size.dtype == torch.float64
+    # At sigma 0.002 the logits are about 1e8, so that a rounding of them moves near duplicates by 1e-8 at most.
+    error = (result.mean - expected).abs().flatten(1).amax(1)
+    assert error[sigma >= 0.3].max() < 1e-12 and error.max() < 1e-10
+    torch.testing.assert_close(result.effective_sample_size, 1 / weights.square().sum(1), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_uint8_references_mean_x_over_127_5_minus_1(dtype):
+    pixels = torch.randint(0, 256, (40, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels[0, 0, 0, :2] = torch.tensor([0, 255])
+    exact = pixels.double() / 127.5 - 1
+    noisy = (exact[:10] + rows(SIGMAS, exact) * normal(10, 3, 8, 8)).to(dtype)
+    alpha = torch.ones(10)
+    result = posterior_mean(noisy, pixels, alpha=alpha, sigma=SIGMAS)
+    assert result.mean.dtype == torch.float32
+    assert worst(result.mean, posterior(noisy, exact, alpha, SIGMAS)[1]) < 1e-6
+    assert result.mean[0, 0, 0, :2].tolist() == [-1, 1]
+
+
+def test_alpha_and_sigma_may_be_numbers_or_half_precision():
+    noisy, reference, _, _ = problem(sigmas=torch.full((4,), 2.0))
+    vectors = posterior_mean(noisy, reference, alpha=torch.full((4,), 0.5), sigma=torch.full((4,), 2.0))
+    for alpha, sigma in ((0.5, 2), (torch.tensor(0.5), torch.full((4,), 2.0, dtype=torch.bfloat16))):
+        assert torch.equal(posterior_mean(noisy, reference, alpha=alpha, sigma=sigma).mean, vectors.mean)
+
+
+def test_numbers_are_float64():
+    noisy, reference, alpha, sigma = problem(
+        shape=(2,), dtype=torch.float64, sigmas=torch.full((4,), 0.7, dtype=torch.float64), alpha=0.9
+    )
+    expected = posterior(noisy, reference, alpha, sigma)[1]
+    assert worst(posterior_mean(noisy, reference, alpha=alpha, sigma=sigma).mean, expected) < 1e-12
+    assert worst(posterior_mean(noisy, reference, alpha=0.9, sigma=0.7).mean, expected) < 1e-12
+
+
+def test_settings_of_the_caller():
+    """TF32 and bf16 products, set by either API, reach no product of the estimator, and are there again afterwards."""
+    script = """
+import sys, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+sys.path.insert(0, sys.argv[2])
+from oracles import posterior, problem
+from stf_diffusers import posterior_mean
+
+def settings():
+    backends = torch.backends
+    state = [backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision, backends.fp32_precision]
+    return state + ([torch.get_float32_matmul_precision()] if sys.argv[1] == "legacy" else [])
+
+class Products(TorchDispatchMode):
+    seen = []
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default:
+            self.seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+        return function(*args, **(kwargs or {}))
+
+def legacy_medium():
+    torch.set_float32_matmul_precision("medium")
+def legacy_high():
+    torch.set_float32_matmul_precision("high")
+def legacy_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+def new():
+    torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = "tf32", "bf16"
+def new_global():
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+
+noisy, reference, alpha, sigma = problem(n=300, shape=(3, 16, 16))
+expected = posterior(noisy, reference, alpha, sigma)[1]
+for change in {"legacy": (legacy_medium, legacy_high, legacy_tf32), "new": (new, new_global)}[sys.argv[1]]:
+    before = settings()
+    change()
+    changed = settings()
+    assert change is legacy_tf32 or changed != before
+    Products.seen.clear()
+    with Products(), torch.autocast("cpu", dtype=torch.bfloat16):
+        mean = posterior_mean(noisy, reference, alpha=alpha, sigma=sigma).mean
+        assert torch.is_autocast_enabled("cpu")
+    assert Products.seen and set(Products.seen) == {("ieee", "ieee")}, Products.seen
+    assert (mean - expected).abs().max() < 1e-5
+    assert settings() == changed, (changed, settings())
+    try:
+        posterior_mean(noisy, reference.int(), alpha=alpha, sigma=sigma)
+    except TypeError:
+        assert settings() == changed, (changed, settings())
+    else:
+        raise AssertionError("int32 references are refused where the settings are changed")
+"""
+    tests = os.path.dirname(__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(tests), *sys.path])}
+    jobs = {
+        case: subprocess.Popen([sys.executable, "-c", script, case, tests], env=environment, stderr=subprocess.PIPE)
+        for case in ("legacy", "new")
+    }
+    errors = {case: job.communicate()[1].decode() for case, job in jobs.items()}
+    assert not any(job.returncode for job in jobs.values()), errors
+
+
+def test_inherited_settings_stay_inherited():
+    """A later change of torch.backends.fp32_precision still reaches the products of the caller."""
+    script = """
+import torch
+from stf_diffusers import posterior_mean
+torch.backends.fp32_precision = "tf32"
+posterior_mean(torch.zeros(1, 2), torch.zeros(1, 2), alpha=1.0, sigma=1.0)
+torch.backends.fp32_precision = "ieee"
+assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), *sys.path])}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, stderr=subprocess.DEVNULL)
