@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from huggingface_hub import DatasetCard, cached_assets_path
 from huggingface_hub.utils import WeakFileLock
 
 from ..files import replacing
+
+logger = logging.getLogger(__name__)
 
 # By the end of a file's name, the builder of Datasets that reads it.
 _BUILDERS = {
@@ -70,23 +73,22 @@ def folder_builder(
     )
     if not hasattr(builder, "EXTENSIONS") or config_name is not None or declared:
         return builder
-    there = [file for file in sorted(path.resolve().rglob("*")) if _is_visible_image(file, path.resolve(), builder)]
-    taken = sum(
-        Path(file).suffix.lower() in builder.EXTENSIONS
-        for files in builder.config.data_files.values()
-        for file in files
-    )
-    if taken == len(there):
+    folder = path.resolve()
+    there = sum(_is_visible_image(file, folder, builder) for file in folder.rglob("*"))
+    files = [file for split in builder.config.data_files.values() for file in split]
+    if sum(Path(file).suffix.lower() in builder.EXTENSIONS for file in files) >= there:
         return builder
+    logger.info("%s: folders are classes, since not every image is in a folder of a split.", path)
     return datasets.load_dataset_builder(
-        "imagefolder", data_files={"train": f"{path.resolve()}/**"}, cache_dir=cache_dir
+        "imagefolder", data_dir=str(path), data_files={"train": "**"}, cache_dir=cache_dir
     )
 
 
 def _is_visible_image(file: Path, folder: Path, builder: datasets.DatasetBuilder) -> bool:
     # Datasets leaves out what begins with a dot, and folders of two underscores.
     parts = file.relative_to(folder).parts
-    return file.suffix.lower() in builder.EXTENSIONS and not any(part.startswith((".", "__")) for part in parts)
+    hidden = any(part.startswith(".") for part in parts) or any(part.startswith("__") for part in parts[:-1])
+    return file.suffix.lower() in builder.EXTENSIONS and not hidden
 
 
 def _stamp(path: Path) -> str:
