@@ -144,25 +144,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_name",
-        help="A data set on the Hub, a local folder (images, parquet, or save_to_disk), or a parquet file. Default, "
-             "without --train_data_dir: scikit-learn's handwritten digits.")
+        help="A data set on the Hub, a local folder (images, parquet, or save_to_disk), or a file: parquet, .zip (a folder of "
+             "images), .tar (WebDataset), .npz or .npy (arrays of pixels). Default, without --train_data_dir: "
+             "scikit-learn's handwritten digits.")
     data.add_argument("--dataset_config_name", help="The configuration of the data set, if it has several.")
     data.add_argument("--train_data_dir", help="A folder of images, instead of --dataset_name.")
-    data.add_argument("--cache_dir", help="Folder for downloaded data sets and models.")
+    data.add_argument("--split", default="train", help="Split to train on, such as train, train+test or train[:1000].")
+    data.add_argument("--cache_dir",
+        help="Folder for downloaded data sets and models, and for decoded images. Default: Hugging Face's cache.")
     data.add_argument("--image_column", help="Name of the image column; detected if there is only one.")
     data.add_argument("--label_column",
         help="Name of the class-label column, for --class_conditional; detected if there is only one.")
-    data.add_argument("--resolution", type=count,
-        help="Side length to which images are resized and cropped. Default: the images' own.")
+    data.add_argument("--resolution", type=count, nargs="+", metavar=("SIDE", "WIDTH"),
+        help="Side length, or height and width, to which images are resized and cropped. Default: the images' own.")
     data.add_argument("--image_mode", choices=["L", "RGB", "RGBA"],
         help="Mode to which images are converted. Default: L for greyscale images, RGB for others.")
     data.add_argument("--center_crop", action="store_true",
         help="Crop the centre of non-square images instead of a random part.")
+    data.add_argument("--skip_corrupt", action="store_true",
+        help="Leave out images that are missing or cannot be decoded, and log how many. Default: an error.")
     data.add_argument("--random_flip", action="store_true",
         help="Flip images horizontally at random, sources and references alike.")
     data.add_argument("--image_memory_gb", type=number(float, 0), default=4.0,
         help="Memory per process, in GiB, for decoded images (uint8); larger data sets are decoded again at each "
              "reading.")
+    data.add_argument("--image_cache", action=argparse.BooleanOptionalAction, default=True,
+        help="Keep decoded images on the disk, for all processes of the machine and for later runs.")
     data.add_argument("--dataloader_num_workers", type=number(int, 0), default=0,
         help="Number of worker processes that read the data.")
     data.add_argument("--streaming", action="store_true",
@@ -301,6 +308,8 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.streaming and (args.reference or args.share_reference),
          "--streaming: references are the buffer of each process, from which its sources are drawn; others would bias "
          "the target. Leave --reference and --share_reference out."),
+        (args.streaming and args.skip_corrupt,
+         "--streaming reads images when their turn comes: leave --skip_corrupt out."),
         (args.streaming and (args.save_images_epochs or args.save_model_epochs),
          "--streaming has no epochs: pass --sample_steps instead of --save_images_epochs and --save_model_epochs."),
         (args.streaming and (args.vae or args.dataloader_num_workers),
@@ -575,7 +584,7 @@ def main(argv: list[str] | None = None) -> None:
         with accelerator.main_process_first():
             dataset = load_split(
                 args.dataset_name, args.dataset_config_name, args.train_data_dir,
-                cache_dir=args.cache_dir, streaming=args.streaming,
+                cache_dir=args.cache_dir, streaming=args.streaming, split=args.split,
             )  # fmt: skip
         reading = {
             name: getattr(args, name)
@@ -595,11 +604,15 @@ def main(argv: list[str] | None = None) -> None:
             images = stream = open_stream(dataset, **buffer, **places, **reading)
             stream.agree(gather_object([stream.summary()]))
         else:
-            images = pixels = open_images(dataset, image_memory_gb=args.image_memory_gb, quiet=quiet, **reading)
+            images = pixels = open_images(
+                dataset, skip_corrupt=args.skip_corrupt, image_memory_gb=args.image_memory_gb,
+                image_cache=args.image_cache, cache_dir=args.cache_dir, quiet=quiet, **reading,
+            )  # fmt: skip
             if args.objective == "stf" and images.labels is not None:
                 alone = [label for label, count in Counter(images.labels.tolist()).items() if count == 1]
                 if alone:
                     logger.warning("Classes of a single image have the targets of denoising score matching: %s.", alone)
+        class_names = images.class_names
         data_name = public_name(args.dataset_name or args.train_data_dir) or "scikit-learn's handwritten digits"
 
         # ---- noise process and network
@@ -748,6 +761,7 @@ def main(argv: list[str] | None = None) -> None:
                 ema.copy_to(averaged)
             metadata = {**manifest["run"], "steps": step, "images_seen": step * images_per_step}
             metadata |= {"dataset": data_name, "license": args.model_license, "vae": public_name(args.vae)}
+            metadata |= {"class_names": class_names}
             return diffusers_pipeline(averaged, process, vae=vae, metadata=metadata, **sampling_range)
 
         def save_grid(pipeline: DiffusionPipeline, step: int) -> Path:

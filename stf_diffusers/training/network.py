@@ -28,7 +28,7 @@ def new_network(
     """A network with random weights.
 
     Args:
-        shape: (C, R, R) of the images or latents.
+        shape: (C, H, W) of the images or latents.
         model_config: as for `network_config`, of a `UNet2DModel` or `DiTTransformer2DModel`; sizes, channels and classes in
             it are replaced. None: the preset for images of this size.
         num_classes, class_dropout, reorient: as for `Conditioning`.
@@ -37,8 +37,8 @@ def new_network(
     Raises:
         ValueError: no such config, or a network that does not fit.
     """
-    channels, resolution, _ = shape
-    preset = "digits_12" if resolution <= 16 else "cifar10_32" if resolution <= 32 else "celeba_64"
+    channels, side = shape[0], max(shape[1:])
+    preset = "digits_12" if side <= 16 else "cifar10_32" if side <= 32 else "celeba_64"
     config = network_config(model_config or preset, cache_dir)
     name = config.get("_class_name", "UNet2DModel")
     if name not in _KINDS:
@@ -49,7 +49,7 @@ def new_network(
     transformer = _KINDS[name] is DiTTransformer2DModel
     conditioning = Conditioning(num_classes, class_dropout, reorient, transformer)
     table = "num_embeds_ada_norm" if transformer else "num_class_embeds"
-    fitted = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
+    fitted = {"sample_size": side, "in_channels": channels, "out_channels": channels}
     network = _KINDS[name].from_config({**config, **fitted, table: conditioning.embeddings})
     fit_network(network, shape, conditioning)
     return network, conditioning
@@ -93,7 +93,7 @@ def pretrained_network(
 
     Args:
         pretrained_model_name_or_path: a folder, or a repository on the Hub.
-        shape: (C, R, R) of the images or latents.
+        shape: (C, H, W) of the images or latents.
         num_classes, class_dropout, reorient: as for `Conditioning`.
         cache_dir: where downloads are kept.
 
@@ -124,12 +124,12 @@ def pretrained_network(
 
 
 def fit_network(network: Network, shape: tuple[int, int, int], conditioning: Conditioning) -> None:
-    """Check a network against images of `shape` (C, R, R) and their labels, and set its config to that size.
+    """Check a network against images of `shape` (C, H, W) and their labels, and set its config to that size.
 
     Raises:
         ValueError: it does not fit.
     """
-    channels, resolution, _ = shape
+    channels, height, width = shape
     config = network.config
     if (config["in_channels"], config["out_channels"]) != (channels, channels):
         raise ValueError(
@@ -137,9 +137,9 @@ def fit_network(network: Network, shape: tuple[int, int, int], conditioning: Con
             "Choose with image_mode=."
         )
     if isinstance(network, DiTTransformer2DModel):
-        if resolution != config["sample_size"] or resolution % config["patch_size"]:
+        if {height, width} != {config["sample_size"]} or height % config["patch_size"]:
             raise ValueError(
-                f"latents of {resolution}x{resolution} do not fit this DiTTransformer2DModel: sample_size "
+                f"latents of {height}x{width} do not fit this DiTTransformer2DModel: sample_size "
                 f"{config['sample_size']}, patch_size {config['patch_size']}. See resolution=."
             )
         if config["num_embeds_ada_norm"] != DIT_NULL_LABEL:
@@ -149,17 +149,21 @@ def fit_network(network: Network, shape: tuple[int, int, int], conditioning: Con
                 # It would drop classes by itself, unseen by the targets, in each block anew.
                 module.dropout_prob = 0.0
         return
-    network.register_to_config(sample_size=resolution)
+    network.register_to_config(sample_size=height if height == width else (height, width))
+    if conditioning.reorient and height != width:
+        raise ValueError(
+            f"reorient={conditioning.reorient}: quarter turns need square images; got {height}x{width}. Leave it out, or pass "
+            "one side as resolution=."
+        )
     if config["num_class_embeds"] != conditioning.embeddings:
         raise ValueError(
             f"the pretrained network knows {config['num_class_embeds']} classes and this run has "
             f"{conditioning.embeddings}. Pass or leave out class_conditional=, class_dropout= and reorient= accordingly."
         )
     factor = 2 ** (len(config["block_out_channels"]) - 1)
-    if resolution % factor:
-        raise ValueError(
-            f"the side {resolution} of what the network sees must be a multiple of {factor}; see resolution=."
-        )
+    side = next((side for side in (height, width) if side % factor), None)
+    if side is not None:
+        raise ValueError(f"the side {side} of what the network sees must be a multiple of {factor}; see resolution=.")
     if config["time_embedding_type"] != "positional":
         raise ValueError(
             f"time_embedding_type {config['time_embedding_type']!r} takes the logarithm of timesteps that are negative "
