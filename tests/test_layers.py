@@ -38,15 +38,14 @@ ABOVE_DIFFUSERS = [
 ]
 # The parts of a training script, in the order in which they may import each other; nothing else imports them.
 TRAINING: list[set[str]] = [
-    {"training.__init__"},
-    {
-        f"training.{name}"
-        for name in ("data_set", "run_folder", "sources", "autoencoder", "noise_process", "conditioning")
-    },
-    {f"training.{name}" for name in ("sampling", "training_log", "hub_upload", "stop_signal", "command_line")},
-    {"training.presets.__init__"},
-    {f"training.{name}" for name in ("image_data", "network", "references", "averages")},
-    {f"training.{name}" for name in ("streaming", "latents", "checkpoints", "evaluation")},
+    {"training.__init__", "training.presets.__init__"},
+    {f"training.{name}" for name in ("command_line", "launch", "run_lock", "run_folder", "stop_signal", "hub_upload")},
+    {f"training.{name}" for name in ("sources", "image_column", "data_files", "autoencoder", "conditioning")},
+    {f"training.{name}" for name in ("noise_process", "sampling", "training_log", "references", "averages", "network")},
+    {f"training.{name}" for name in ("image_reader", "data_set", "checkpoints")},
+    {"training.image_cache"},
+    {"training.image_data"},
+    {f"training.{name}" for name in ("streaming", "latents", "evaluation")},
 ]
 LAYERS = [*CORE, *ABOVE_DIFFUSERS, *TRAINING]
 
@@ -137,3 +136,10 @@ def test_imports_are_found_however_they_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     own, others = imported("training.loop")
     assert own == {"training.data", "noise", "__init__", "training.__init__"} and others == {"os"}
+
+
+def test_every_part_of_a_training_is_documented():
+    page = (PACKAGE.parent / "docs" / "parts.md").read_text()
+    parts = {name.removeprefix("training.") for name in MODULES if name.startswith("training.") and "__" not in name}
+    missing = [name for name in parts if f"automodule:: stf_diffusers.training.{name}\n" not in page]
+    assert not missing and all(f"[`{name}`](#{name})" in page for name in parts)

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import DistributedType
 
 import train_unconditional_stf as script
+from stf_diffusers.training.launch import check_mode
 from tiny import TINY_TRANSFORMER, tiny_autoencoder, train
 
 OUT_OF_RANGE = {
@@ -157,5 +158,5 @@ def test_modes_that_are_not_supported(mode, flags, tmp_path, monkeypatch):
 )  # fmt: skip
 def test_modes_and_devices_that_are_checked(mode, device, word):
     with pytest.raises(ValueError, match=word):
-        script.check_mode(mode, torch.device(device))
-    script.check_mode(DistributedType.MULTI_GPU, torch.device("cuda", 1))
+        check_mode(mode, torch.device(device))
+    check_mode(DistributedType.MULTI_GPU, torch.device("cuda", 1))
