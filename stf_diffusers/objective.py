@@ -19,7 +19,8 @@ from .noise import NoiseProcess, expand_as_rows
 from .posterior import PosteriorMean, check_tensor, full_precision, pixels_to_float
 from .prediction import prediction_coefficients
 from .reference_bank import ReferenceBank
-from .reference_set import ReferenceBatch, ReferenceSet, check_integers
+from .reference_batch import refuse_dispatched_references
+from .reference_set import ReferenceBatch, ReferenceSet, SharedReferences, check_integers
 from .scheduler_process import SchedulerProcess
 
 
@@ -277,6 +278,8 @@ class STFTrainingObjective:
                 check_integers(name, values, len(x0))
         if reference is None:
             return None
+        if isinstance(reference, (Tensor, SharedReferences)):
+            refuse_dispatched_references()
         if isinstance(reference, Tensor):
             reference = ReferenceBatch(reference, reference_labels, num_unconditional)
             reference.check_shapes(x0, source_index, labels)
