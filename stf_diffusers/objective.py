@@ -79,13 +79,20 @@ class STFTrainingObjective:
         """The objective of a Diffusers script that calls `noise_scheduler.add_noise`; prediction type from its config.
 
         Raises:
-            TypeError, ValueError: as `SchedulerProcess`. A warning says where the scheduler's `add_noise` is not usable.
+            TypeError, ValueError: as `SchedulerProcess`. Warnings say where the scheduler's `add_noise` is not usable, and
+                where targets differ from its `get_velocity`.
         """
         process = SchedulerProcess(noise_scheduler)
         if process.add_noise_is_backward:
             warnings.warn(
                 f"{process.scheduler_name}.add_noise, before set_timesteps, does not add the noise that belongs to a "
                 "timestep. Add noise with DDPMScheduler.from_config(scheduler.config), or use perturb().",
+                stacklevel=2,
+            )
+        if process.velocity_is_backward:
+            warnings.warn(
+                f"{process.scheduler_name}.get_velocity reads the noise of another timestep. Targets here belong to the "
+                "noise that add_noise adds: a network that was trained on get_velocity has learnt others, so train it anew.",
                 stacklevel=2,
             )
         return cls(process)
