@@ -29,7 +29,7 @@ CORE = [
 ABOVE_DIFFUSERS = [
     {"plotting"},
     {"variance_report"},
-    {"export", "scheduling_*", "feature_extractors", "quality"},
+    {"export", "scheduling_*", "feature_extractors", "quality", "sampling_call"},
     {"sde"},
     {"model_card"},
     {"pipeline_*"},
