@@ -24,16 +24,19 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     """(num_steps,) float64 noise levels from sigma_max down to sigma_min (Karras et al. 2022, eq. 5, without the 0)."""
-    _check_range(num_steps, sigma_min, sigma_max)
+    check_noise_levels(num_steps, sigma_min, sigma_max)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return (high + _ramp(num_steps) * (low - high)) ** rho
 
 
-def _check_range(num_steps: int, low: float, high: float) -> None:
+def check_noise_levels(num_steps: int, low: float, high: float) -> None:
+    """Raise ValueError unless there is a step, and 0 < low < high < infinity."""
     if num_steps < 1:
         raise ValueError(f"at least one step is needed; got {num_steps}.")
-    if not 0 < low < high:
-        raise ValueError(f"the least noise must be positive and below the largest; got {low} and {high}.")
+    if not 0 < low < high < math.inf:
+        raise ValueError(
+            f"the least noise must be positive and below the largest, which is finite; got {low} and {high}."
+        )
 
 
 def _ramp(num_steps: int) -> Tensor:
@@ -74,7 +77,7 @@ class Discretization:
     @classmethod
     def ve(cls, num_steps: int, sigma_min: float = 0.02, sigma_max: float = 100.0) -> Discretization:
         """The original VE sampler: ``sigma(t) = sqrt(t)``, levels in geometric progression."""
-        _check_range(num_steps, sigma_min, sigma_max)
+        check_noise_levels(num_steps, sigma_min, sigma_max)
         times = sigma_max**2 * (sigma_min / sigma_max) ** (2 * _ramp(num_steps))
         return cls(
             times=_then_zero(times),
@@ -88,7 +91,7 @@ class Discretization:
     @classmethod
     def vp(cls, num_steps: int, beta_d: float = 19.9, beta_min: float = 0.1, epsilon_s: float = 1e-3) -> Discretization:
         """The original VP sampler: times evenly spaced from 1 to epsilon_s, ``s(t) = 1 / sqrt(1 + sigma(t)^2)``."""
-        _check_range(num_steps, epsilon_s, 1.0)
+        check_noise_levels(num_steps, epsilon_s, 1.0)
         process = VP(beta_d, beta_min)
 
         def beta(t: Tensor) -> Tensor:
@@ -123,9 +126,9 @@ class Churn:
     s_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.s_churn < 0 or self.s_noise < 0:
+        if not (self.s_churn >= 0 and self.s_noise >= 0):
             raise ValueError(f"s_churn and s_noise must not be negative; got {self.s_churn} and {self.s_noise}.")
-        if self.s_min > self.s_max:
+        if not self.s_min <= self.s_max:
             raise ValueError(f"s_min must not be above s_max; got {self.s_min} and {self.s_max}.")
 
     def gamma(self, sigma: float, num_steps: int) -> float:
@@ -262,7 +265,7 @@ def sample_rk45(
         ValueError: sigma_min is not in (0, sigma_max).
         RuntimeError: the solver cannot reach the tolerance.
     """
-    _check_range(1, sigma_min, sigma_max)
+    check_noise_levels(1, sigma_min, sigma_max)
     theta_min, theta_max = math.atan(sigma_min), math.atan(sigma_max)
 
     def velocity(theta: float, state: Tensor) -> Tensor:
@@ -354,7 +357,7 @@ def log_likelihood(
     """
     if divergence not in ("hutchinson", "exact"):
         raise ValueError(f"divergence must be 'hutchinson' or 'exact'; got {divergence!r}.")
-    _check_range(1, sigma_min, sigma_max)
+    check_noise_levels(1, sigma_min, sigma_max)
     check_generators(generator, len(images))
     batch_size, dimension = len(images), images[0].numel()
     theta_min, theta_max = math.atan(sigma_min), math.atan(sigma_max)
