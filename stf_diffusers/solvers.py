@@ -313,8 +313,7 @@ class LogLikelihood(NamedTuple):
 
     `nats` (B,) float64 is ln p(x), the density per unit volume of image space. `bits_per_dimension` (B,) is
     ``-log2 p(x) / D + log2(127.5)``: the code length per pixel and channel of an 8-bit image v seen as
-    ``x = v / 127.5 - 1``, whose levels are 1 / 127.5 apart (add dequantisation noise, uniform over one level, for a
-    bound on a discrete likelihood). Works that map 256 levels to [-1, 1] at a spacing of 1 / 128 report 0.0056 more.
+    ``x = v / 127.5 - 1``. Works that map 256 levels to [-1, 1] at a spacing of 1 / 128 report 0.0056 more.
     `latents` (B, ...) are the images carried to standard normal noise, and `evaluations` counts the denoiser's.
     """
 
@@ -343,18 +342,27 @@ def log_likelihood(
 
     Args:
         denoise: D(x; sigma), differentiable in x, image by image.
-        images: (B, ...) in [-1, 1].
-        sigma_min, sigma_max: as in `sample_rk45`.
+        images: (B, ...) floating point in [-1, 1].
+        sigma_min, sigma_max, rtol, atol: as in `sample_rk45`.
         divergence: "hutchinson": an unbiased estimate from one random vector of signs for each image, kept along the
             path (Hutchinson 1990; average several calls to narrow it), one backward pass an evaluation. "exact": as
             many backward passes as an image has values.
         generator: source of the signs: one generator, or a sequence with one for each image.
-        rtol, atol: as in `sample_rk45`.
 
     Raises:
-        ValueError: unknown divergence, sigma_min not in (0, sigma_max), or not one generator for each image.
-        RuntimeError: the solver cannot reach the tolerance.
+        TypeError: images that are not floating point.
+        ValueError: no images, unknown divergence, sigma_min not in (0, sigma_max), or not one generator for each image.
+        RuntimeError: the solver cannot reach the tolerance, or gradients are off for good (`torch.inference_mode`).
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("log_likelihood takes gradients, which torch.inference_mode() forbids. Use torch.no_grad().")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images must be floating point in [-1, 1]; got {images.dtype}. Pass (pixels + noise) / 127.5 - 1, with "
+            "noise uniform in [-0.5, 0.5) for a bound on the likelihood of pixels."
+        )
+    if not images.ndim or not len(images):
+        raise ValueError(f"images must be (B, ...), one image at least; got {tuple(images.shape)}.")
     if divergence not in ("hutchinson", "exact"):
         raise ValueError(f"divergence must be 'hutchinson' or 'exact'; got {divergence!r}.")
     check_noise_levels(1, sigma_min, sigma_max)
