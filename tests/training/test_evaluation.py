@@ -59,5 +59,5 @@ def test_what_is_due(images, extractor, tmp_path):
 
 
 def test_an_extractor_that_is_none_is_named(images, tmp_path):
-    with pytest.raises(ValueError, match="eval_extractor='.*nowhere'"):
+    with pytest.raises(ValueError, match=r"eval_extractor='.*nowhere'"):
         evaluation(images, tmp_path, tmp_path / "nowhere")
