@@ -60,7 +60,7 @@ from stf_diffusers.training.hub_upload import HubUpload
 from stf_diffusers.training.image_data import flip_at_random, open_images
 from stf_diffusers.training.latents import load_latents
 from stf_diffusers.training.network import PRESETS, new_network, pretrained_network
-from stf_diffusers.training.noise_process import choose_process
+from stf_diffusers.training.noise_process import DISCRETE_PARAMETERS, choose_process
 from stf_diffusers.training.references import choose_references
 from stf_diffusers.training.sampling import sample_grid, seed_for, seeded_generator
 from stf_diffusers.training.sources import TrainingImages
@@ -196,7 +196,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--share_reference", action="store_true",
         help="Spread the references over the processes: each holds a part of the bank, or of a common reference "
              "batch.")
-    method.add_argument("--noise_process", choices=list(NOISE_PROCESSES), help="Default: edm.")
+    method.add_argument("--noise_process", choices=[*NOISE_PROCESSES, "discrete"],
+        help="Forward process; discrete: the timesteps of a DDPM. Default: that of the pretrained pipeline, otherwise edm.")
+    method.add_argument("--prediction_type", choices=["epsilon", "v_prediction", "sample"],
+        help="DISCRETE: what the network predicts. Default: epsilon, or as pretrained.")
+    method.add_argument("--ddpm_num_steps", type=count,
+        help="DISCRETE: number of timesteps. Default: 1000, or as pretrained.")
+    method.add_argument("--ddpm_beta_schedule", choices=["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"],
+        help="DISCRETE: schedule of the betas. Default: linear, or as pretrained.")
     for flag, how in process_flags().items():
         method.add_argument(f"--{flag}", **how)
     method.add_argument("--reorient", type=share, default=0.0,
@@ -548,16 +555,15 @@ def main(argv: list[str] | None = None) -> None:
         saved = read_metadata(pretrained, cache_dir=args.cache_dir) if pretrained else None
         process, sampling_range = choose_process(
             args.noise_process,
-            {flag: getattr(args, flag) for flag in process_flags() if getattr(args, flag) is not None},
+            {
+                flag: getattr(args, flag)
+                for flag in (*process_flags(), *DISCRETE_PARAMETERS)
+                if getattr(args, flag) is not None
+            },
             standard_deviation=(lambda: 1.0) if args.vae else (lambda: images.standard_deviation),
             saved=saved,
             normalised=bool(args.vae),
         )
-        if pretrained and saved is None:
-            name = process_to_config(process)["name"]
-            logger.warning(
-                "The pretrained pipeline does not say how it was trained: its network must adapt to %s.", name
-            )
         objective = STFTrainingObjective(process)
         vae, shape = load_vae(args, device) if args.vae else None, images.shape
         if vae is not None:
@@ -570,8 +576,9 @@ def main(argv: list[str] | None = None) -> None:
             network, conditioning = new_network(shape, model_config=args.model_config, **labelled)
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        # An impossible range or combination fails now, not after the training.
-        diffusers_pipeline(network, process, vae=vae, **sampling_range)
+        # An impossible range, combination or number of steps fails now, not after the training.
+        sampler = diffusers_pipeline(network, process, vae=vae, **sampling_range).scheduler
+        sampler.set_timesteps(args.num_inference_steps)
         sampling = {
             "seed": args.seed,
             "batch_size": args.train_batch_size,
