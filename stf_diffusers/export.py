@@ -49,8 +49,8 @@ PIPELINE_PARTS = ("unet", "unet_raw", "transformer", "transformer_raw", "vae", "
 # The denoisers that are saved here.
 Network: TypeAlias = UNet2DModel | DiTTransformer2DModel
 
-# DPM-Solver needs a finite sigma / alpha where the signal is gone; Diffusers' own value is this one.
-_LARGEST_RATIO = 2.0**12
+# sigma / alpha above which there is next to no signal: levels are not told apart there.
+_NO_SIGNAL = 1000.0
 
 # `DiTPipeline` takes this class for a dropped condition, whatever the network's number of classes.
 DIT_NULL_LABEL = 1000
@@ -149,11 +149,14 @@ def sampling_scheduler(
     if isinstance(process, SchedulerProcess) and not scales_input:
         return scheduler_from_config(scheduler_to_config(process.scheduler))
     ratio = _noise_to_signal(process)
+    # Where the last levels lie far apart (cosine, zero terminal SNR), several of Karras et al.'s would be rounded to one
+    # timestep, and the solver would lose its place.
+    spacing = {"use_karras_sigmas": True} if ratio[-1] < 1.02 * ratio[-2] else {"timestep_spacing": "trailing"}
     scheduler = DPMSolverMultistepScheduler(
         num_train_timesteps=len(ratio),
         trained_betas=trained_betas(ratio),
         prediction_type=process.prediction_type,
-        use_karras_sigmas=True,
+        **spacing,
     )
     # Diffusers multiplies a thousand factors near 1 in float32, which loses noise levels below about 0.002.
     kept = (1 / scheduler.alphas_cumprod.double() - 1).sqrt()
@@ -166,9 +169,10 @@ def sampling_scheduler(
 
 
 def _noise_to_signal(process: NoiseProcess) -> torch.Tensor:
-    """(T,) float64: sigma / alpha at a process's integer timesteps."""
+    """(T,) float64: sigma / alpha at a process's integer timesteps, finite also at a zero terminal SNR."""
     t = process.integer_times()
-    return (process.sigma(t).double() / process.alpha(t).double()).clamp(max=_LARGEST_RATIO)
+    ratio = process.sigma(t).double() / process.alpha(t).double()
+    return torch.where(ratio.isinf(), 2 * ratio[-2], ratio)
 
 
 def process_of(scheduler: Any, network: Any = None) -> NoiseProcess:
@@ -203,7 +207,7 @@ def _follows(scheduler: Any, process: NoiseProcess) -> bool:
         return False
     if table.family == "edm":
         return table.sigma_data == process.sigma_data
-    found, wanted = _noise_to_signal(table), _noise_to_signal(process)
+    found, wanted = (_noise_to_signal(of).clamp(max=_NO_SIGNAL) for of in (table, process))
     return len(found) == len(wanted) and bool(((found / wanted - 1).abs() < 0.01).all())
 
 

@@ -152,7 +152,7 @@ class SchedulerProcess(NoiseProcess):
             return tables[which][index]
         ratio = torch.lerp(tables[3][left], tables[3][right], (wanted - left).clamp(0, 1)).exp()
         between = (1 + ratio**2).rsqrt() * (1 if which == 1 else ratio)
-        return torch.where(in_table, tables[which][index], between)
+        return torch.where(values[index] == wanted, tables[which][index], between)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._lookup(1, t)

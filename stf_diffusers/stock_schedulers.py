@@ -56,8 +56,9 @@ def process_of_scheduler(scheduler: Any) -> NoiseProcess:
             return EDM(sigma_data=config["sigma_data"])
     elif DDPMScheduler in getattr(scheduler, "compatibles", ()) and predicted in ("epsilon", "v_prediction", "sample"):
         kind = DISCRETE_SCHEDULERS.get(name, DDPMScheduler)
-        found = kind.from_config(config, clip_sample=config.get("clip_sample", False))
-        if torch.allclose(found.alphas_cumprod, torch.as_tensor(scheduler.alphas_cumprod), atol=1e-6):
+        # Not scheduler.config: from_config takes defaults of one class for those of the other, and betas differ in theirs.
+        found = kind.from_config({"clip_sample": False, **scheduler_to_config(scheduler)})
+        if torch.allclose(found.alphas_cumprod, torch.as_tensor(scheduler.alphas_cumprod).float(), atol=1e-6):
             return SchedulerProcess(found, interpolate=True)
     raise ValueError(
         f"the config of this {name} (prediction_type {predicted!r}, num_train_timesteps "

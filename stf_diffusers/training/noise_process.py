@@ -86,7 +86,14 @@ def _discrete_process(parameters: Mapping[str, Any], saved: Mapping[str, Any] | 
         raise ValueError(f"{foreign[0]}= is not a parameter of noise_process={DISCRETE!r}; leave it out.")
     if saved is None:
         settings = {DISCRETE_PARAMETERS[name]: value for name, value in parameters.items()}
-        return SchedulerProcess(DDPMScheduler(**settings, clip_sample=False))
+        process = SchedulerProcess(DDPMScheduler(**settings, clip_sample=False))
+        if (largest := process.sampling_range()[1]) < 10:
+            logger.warning(
+                "At the last of %d timesteps sigma / alpha is %.2g: samples start from pure noise, which the network has not "
+                "seen. Use more timesteps (ddpm_num_steps), or the beta schedule squaredcos_cap_v2.",
+                len(process.timesteps), largest,
+            )  # fmt: skip
+        return process
     for name, value in parameters.items():
         own = saved[DISCRETE_PARAMETERS[name]]
         if name == "ddpm_beta_schedule" and saved.get("trained_betas") is not None:
