@@ -84,8 +84,9 @@ class SchedulerProcess(NoiseProcess):
                 "training script calls add_noise on, for instance DDPMScheduler.from_config(scheduler.config)."
             )
         self.family, timesteps, alphas, sigmas = found
-        self.scheduler_family = "alphas_cumprod" if self.family == "alphas_cumprod" else None
-        if interpolate and self.family != "alphas_cumprod":
+        if self.family == "alphas_cumprod":
+            self.scheduler_family, self.last_time = self.family, float(len(timesteps) - 1)
+        elif interpolate:
             raise TypeError(
                 f"{self.scheduler_name} has no integer timesteps to interpolate between. Leave interpolate out, or describe "
                 "the process as EDM, VE, VP or FlowMatching."
@@ -113,7 +114,6 @@ class SchedulerProcess(NoiseProcess):
                 f"the noise of this {self.scheduler_name} does not grow with its timesteps, so it cannot be trained on. "
                 "Use its training counterpart, for instance DDPMScheduler.from_config(scheduler.config)."
             )
-        self.last_time = float(self._timesteps[-1])
         self._log_ratios = ratio.log()
         self._tables: dict[torch.device, tuple[Tensor, ...]] = {}
 
