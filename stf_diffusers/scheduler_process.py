@@ -139,15 +139,17 @@ class SchedulerProcess(NoiseProcess):
         right = torch.searchsorted(values, wanted).clamp_(max=len(values) - 1)
         left = (right - 1).clamp_(min=0)
         index = torch.where((wanted - values[left]).abs() < (values[right] - wanted).abs(), left, right)
-        in_table = (values[index] - wanted).abs() <= 1e-5 * wanted.abs() + 1e-6
-        inside = in_table | (self.interpolate & (wanted >= values[0]) & (wanted <= values[-1]))
         # Elsewhere than on the CPU the check would wait for the device.
-        if t.device.type == "cpu" and not bool(inside.all()):
-            raise ValueError(
-                f"timesteps {t[~inside].tolist()[:4]} are not among the {len(values)} training timesteps of "
-                f"{self.scheduler_name} ({values[0].item():g} to {values[-1].item():g}). Draw them with "
-                "SchedulerProcess.sample_t, or from `scheduler.timesteps` before set_timesteps(), in float32."
-            )
+        if t.device.type == "cpu":
+            inside = (values[index] - wanted).abs() <= 1e-5 * wanted.abs() + 1e-6
+            if self.interpolate:
+                inside |= (wanted >= values[0]) & (wanted <= values[-1])
+            if not bool(inside.all()):
+                raise ValueError(
+                    f"timesteps {t[~inside].tolist()[:4]} are not among the {len(values)} training timesteps of "
+                    f"{self.scheduler_name} ({values[0].item():g} to {values[-1].item():g}). Draw them with "
+                    "SchedulerProcess.sample_t, or from `scheduler.timesteps` before set_timesteps(), in float32."
+                )
         if not self.interpolate:
             return tables[which][index]
         ratio = torch.lerp(tables[3][left], tables[3][right], (wanted - left).clamp(0, 1)).exp()
