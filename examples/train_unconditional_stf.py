@@ -193,7 +193,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--share_reference", action="store_true",
         help="Spread the references over the processes: each holds a part of the bank, or of a common reference "
              "batch.")
-    method.add_argument("--noise_process", choices=list(NOISE_PROCESSES), help="Default: edm.")
+    method.add_argument("--noise_process", choices=[*NOISE_PROCESSES, "discrete"],
+        help="Forward process; discrete: the timesteps of a DDPM. Default: that of the pretrained pipeline, otherwise edm.")
+    method.add_argument("--prediction_type", choices=["epsilon", "v_prediction", "sample"],
+        help="DISCRETE: what the network predicts. Default: epsilon, or as pretrained.")
+    method.add_argument("--ddpm_num_steps", type=count,
+        help="DISCRETE: number of timesteps. Default: 1000, or as pretrained.")
+    method.add_argument("--ddpm_beta_schedule", choices=["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"],
+        help="DISCRETE: schedule of the betas. Default: linear, or as pretrained.")
     for flag, how in process_flags().items():
         method.add_argument(f"--{flag}", **how)
     method.add_argument("--reorient", type=share, default=0.0,
@@ -386,7 +393,7 @@ from stf_diffusers.training.image_data import flip_at_random, open_images
 from stf_diffusers.training.latents import load_latents
 from stf_diffusers.training.launch import make_accelerator
 from stf_diffusers.training.network import new_network, pretrained_network
-from stf_diffusers.training.noise_process import choose_process
+from stf_diffusers.training.noise_process import DISCRETE_PARAMETERS, choose_process
 from stf_diffusers.training.references import choose_references
 from stf_diffusers.training.run_lock import RunLock
 from stf_diffusers.training.sampling import sample_grid, seed_for, seeded_generator
@@ -536,7 +543,8 @@ def main(argv: list[str] | None = None) -> None:
         # ---- noise process and network
         pretrained = args.pretrained_model_name_or_path
         saved = read_metadata(pretrained, cache_dir=args.cache_dir) if pretrained else None
-        given = {flag: getattr(args, flag) for flag in process_flags() if getattr(args, flag) is not None}
+        parameters = (*process_flags(), *DISCRETE_PARAMETERS)
+        given = {flag: getattr(args, flag) for flag in parameters if getattr(args, flag) is not None}
         begun_on = run_folder.run_of(resume).get("process", {})
         if "sigma_data" in begun_on and args.noise_process in (None, begun_on["name"]):
             given.setdefault("sigma_data", begun_on["sigma_data"])
@@ -546,11 +554,6 @@ def main(argv: list[str] | None = None) -> None:
             standard_deviation=(lambda: 1.0) if args.vae else (lambda: images.standard_deviation),
             saved=saved,
         )
-        if pretrained and saved is None:
-            name = process_to_config(process)["name"]
-            logger.warning(
-                "The pretrained pipeline does not say how it was trained: its network must adapt to %s.", name
-            )
         objective = STFTrainingObjective(process)
         vae, shape = load_autoencoder(args.vae, args.cache_dir).to(device) if args.vae else None, images.shape
         if vae is not None:
@@ -567,8 +570,9 @@ def main(argv: list[str] | None = None) -> None:
             )
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        # An impossible range or combination fails now, not after the training.
-        diffusers_pipeline(network, process, vae=vae, **sampling_range)
+        # An impossible range, combination or number of steps fails now, not after the training.
+        sampler = diffusers_pipeline(network, process, vae=vae, **sampling_range).scheduler
+        sampler.set_timesteps(args.num_inference_steps)
         sampling = {
             "seed": args.seed,
             "batch_size": args.eval_batch_size or args.train_batch_size,

@@ -60,9 +60,9 @@ class STFPipelineOutput(BaseOutput):
 
 
 class STFPipeline(DiffusionPipeline):
-    """Samples of an image diffusion model trained on EDM, VE, VP or flow matching.
+    """Samples of an image diffusion model trained on EDM, VE, VP, flow matching or a DDPM's timesteps.
 
-    Reads the folders that the training script saves, and those of other EDM models of Diffusers:
+    Reads the folders that the training script saves, and those of Diffusers' own DDPM, EDM and flow-matching models:
     ``STFPipeline.from_pretrained(folder)``. What it saves is again a folder of Diffusers' own classes.
 
     Args:

@@ -64,20 +64,24 @@ class SchedulerProcess(NoiseProcess):
     Args:
         scheduler: an instance of a Diffusers scheduler. It is read, not changed; timesteps set for sampling on it do
             not matter.
+        interpolate: also times between the timesteps, as solvers need: ln(sigma / alpha) is linear between them. For the
+            first family. In training, a time that is no timestep is a mistake, and raises ValueError without this.
 
     Raises:
-        TypeError: the scheduler belongs to none of the families, or is one of flow maps.
-        ValueError: its `prediction_type` is unknown or of another process (flow_prediction without flow sigmas), or its tables do not describe growing noise.
+        TypeError: the scheduler belongs to none of the families, is one of flow maps, or cannot be interpolated.
+        ValueError: its `prediction_type` is unknown or of another process (flow_prediction without flow sigmas), or its
+            tables do not describe growing noise.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, *, interpolate: bool = False) -> None:
         config = getattr(scheduler, "config", None)
         if config is None or not hasattr(scheduler, "timesteps"):
             raise TypeError(f"SchedulerProcess needs a Diffusers scheduler; got {type(scheduler).__name__}.")
         # A fresh copy: set_timesteps() replaces the training tables by those of a sampling run.
         with torch.device("cpu"):  # a default device is not where its tables are made
             fresh = type(scheduler).from_config(config)
-        self.scheduler_name = type(scheduler).__name__
+        self.scheduler, self.scheduler_name = fresh, type(scheduler).__name__
+        self.interpolate = interpolate
         self.prediction_type = config.get("prediction_type", "epsilon")
         self.sigma_data: float = config.get("sigma_data", 0.5)
         self.add_noise_is_backward = False
@@ -93,6 +97,13 @@ class SchedulerProcess(NoiseProcess):
                 "training script calls add_noise on, for instance DDPMScheduler.from_config(scheduler.config)."
             )
         self.family, timesteps, alphas, sigmas = found
+        if self.family == "alphas_cumprod":
+            self.scheduler_family, self.last_time = self.family, float(len(timesteps) - 1)
+        elif interpolate:
+            raise TypeError(
+                f"{self.scheduler_name} has no integer timesteps to interpolate between. Leave interpolate out, or describe "
+                "the process as EDM, VE, VP or FlowMatching."
+            )
         if self.family == "flow":
             if "r_timestep" in inspect.signature(fresh.step).parameters:
                 raise TypeError(
@@ -128,6 +139,7 @@ class SchedulerProcess(NoiseProcess):
                 f"the noise of this {self.scheduler_name} does not grow with its timesteps, so it cannot be trained on. "
                 "Use its training counterpart, for instance DDPMScheduler.from_config(scheduler.config)."
             )
+        self._log_ratios = ratio.log()
         self._tables: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def __repr__(self) -> str:
@@ -139,9 +151,10 @@ class SchedulerProcess(NoiseProcess):
         return self._timesteps
 
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Timesteps, alphas and sigmas on `device`, copied there once: a copy would wait for the device at each step."""
+        """Timesteps, alphas, sigmas and ln(sigma / alpha) on `device`, copied there once: a copy waits for the device."""
         if device not in self._tables:
-            self._tables[device] = tuple(table.to(device) for table in (self._timesteps, self._alphas, self._sigmas))
+            tables = (self._timesteps, self._alphas, self._sigmas, self._log_ratios)
+            self._tables[device] = tuple(table.to(device) for table in tables)
         return self._tables[device]
 
     def _lookup(self, which: int, t: Tensor) -> Tensor:
@@ -154,13 +167,19 @@ class SchedulerProcess(NoiseProcess):
         # Elsewhere than on the CPU the check would wait for the device.
         if t.device.type == "cpu":
             inside = (values[index] - wanted).abs() <= 1e-5 * wanted.abs() + 1e-6
+            if self.interpolate:
+                inside |= (wanted >= values[0]) & (wanted <= values[-1])
             if not bool(inside.all()):
                 raise ValueError(
                     f"timesteps {t[~inside].tolist()[:4]} are not among the {len(values)} training timesteps of "
                     f"{self.scheduler_name} ({values[0].item():g} to {values[-1].item():g}). Draw them with "
                     "SchedulerProcess.sample_t, or from `scheduler.timesteps` before set_timesteps(), in float32."
                 )
-        return tables[which][index]
+        if not self.interpolate:
+            return tables[which][index]
+        ratio = torch.lerp(tables[3][left], tables[3][right], (wanted - left).clamp(0, 1)).exp()
+        between = (1 + ratio**2).rsqrt() * (1 if which == 1 else ratio)
+        return torch.where(values[index] == wanted, tables[which][index], between)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._lookup(1, t)
@@ -177,10 +196,32 @@ class SchedulerProcess(NoiseProcess):
         return self._on(index.device)[0][index].to(device or source)
 
     def time_of(self, ratio: Tensor) -> Tensor:
-        raise TypeError(
-            f"{self.scheduler_name} has noise levels at its training timesteps alone, and a solver needs those between. "
-            "Sample with a Diffusers scheduler, or describe the process as EDM, VE, VP or FlowMatching."
-        )
+        if not self.interpolate:
+            raise TypeError(
+                f"{self.scheduler_name} has noise levels at its training timesteps alone, and a solver needs those between. "
+                "Sample with a Diffusers scheduler (STFPipeline: solver='scheduler'), pass interpolate=True, or describe the "
+                "process as EDM, VE, VP or FlowMatching."
+            )
+        levels, wanted = self._on(ratio.device)[3], ratio.to(torch.float64).log()
+        if ratio.device.type == "cpu":
+            low, high = self.sampling_range()
+            outside = (ratio < low * (1 - 1e-5)) | (ratio > high * (1 + 1e-5))
+            if bool(outside.any()):
+                raise ValueError(
+                    f"noise levels {ratio[outside].tolist()[:4]} are not those of {self.scheduler_name}, whose network "
+                    f"knows {low:.4g} to {high:.4g}. Stay between them."
+                )
+        right = torch.searchsorted(levels, wanted).clamp_(1, len(levels) - 1)
+        return right - 1 + ((wanted - levels[right - 1]) / (levels[right] - levels[right - 1])).clamp(0, 1)
+
+    def integer_times(self) -> Tensor:
+        if self.family != "alphas_cumprod":
+            raise TypeError(f"{self.scheduler_name} has no integer timesteps.")
+        return self._timesteps.to(torch.float64)
+
+    def sampling_range(self) -> tuple[float, float]:
+        levels = self._log_ratios[self._log_ratios.isfinite()].exp()  # a zero terminal SNR is left out
+        return float(levels[0]), float(levels[-1])
 
     def input_scale(self, t: Tensor) -> Tensor:
         sigma = self.sigma(t)

@@ -28,7 +28,7 @@ CORE = [
 ]
 ABOVE_DIFFUSERS = [
     {"plotting"},
-    {"variance_report"},
+    {"variance_report", "stock_schedulers"},
     {"export", "scheduling_*", "feature_extractors", "quality", "sampling_call"},
     {"sde"},
     {"model_card"},

@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    ScoreSdeVeScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -121,7 +122,7 @@ def test_an_edm_model_of_diffusers_is_read():
 def test_a_scheduler_that_cannot_serve_is_refused():
     unknown = small_unet()
     with pytest.raises(ValueError, match="does not say which noise process"):
-        STFPipeline(unknown, DDPMScheduler())
+        STFPipeline(unknown, ScoreSdeVeScheduler())
     edm, vp = pipeline_for("edm"), pipeline_for("vp")
     for scheduler in (EulerDiscreteScheduler(), EDMEulerScheduler(sigma_data=0.7), DDPMScheduler()):
         with pytest.raises(ValueError, match="would give garbage"):

@@ -36,7 +36,9 @@ def run(main: Callable[..., None], *arguments: Any) -> None:
         if not explained(error, Path(main.__code__.co_filename)):
             raise
         rank = os.environ.get("RANK", "0")
-        who = Path(main.__code__.co_filename).stem + (f" (process {rank})" if os.environ.get("WORLD_SIZE", "1") != "1" else "")
+        who = Path(main.__code__.co_filename).stem + (
+            f" (process {rank})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        )
         print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(MISTAKE if isinstance(error, ValueError | TypeError) else FAILURE) from None
 
