@@ -67,7 +67,8 @@ def process_to_config(process: NoiseProcess) -> dict[str, Any]:
     if isinstance(process, SchedulerProcess) and process.scheduler_name in DISCRETE_SCHEDULERS:
         return {"name": DISCRETE, "scheduler": scheduler_to_config(process.scheduler)}
     for name, kind in NOISE_PROCESSES.items():
-        if isinstance(process, kind):
+        # One that derives from it is another process.
+        if isinstance(process, kind) and type(process) is kind:
             return {"name": name, **dataclasses.asdict(process)}
     raise TypeError(
         f"only {', '.join(NOISE_PROCESSES)} processes and those of {' and '.join(DISCRETE_SCHEDULERS)} can be saved; got "
@@ -226,11 +227,11 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
     """
     if isinstance(network, DiTTransformer2DModel):
         if vae is None:
-            raise ValueError("Diffusers samples a DiTTransformer2DModel with an autoencoder only: pass --vae.")
+            raise ValueError("Diffusers samples a DiTTransformer2DModel with an autoencoder only: pass vae=.")
         if math.isinf(process.last_time):
             raise ValueError(
                 f"DiTPipeline starts from noise of variance 1, which {type(process).__name__} has not. Train a "
-                "DiTTransformer2DModel on --noise_process vp or flow."
+                "DiTTransformer2DModel on noise_process='vp' or noise_process='flow'."
             )
         return DiTPipeline
     conditional = network.config["num_class_embeds"] is not None
@@ -238,7 +239,7 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
         if conditional:
             raise ValueError(
                 "Diffusers has no pipeline for latents of a UNet2DModel with classes. Use a DiTTransformer2DModel "
-                "(--model_config examples/configs/dit_latents.json), or leave the classes out."
+                "(model_config='dit_latents'), or leave the classes out."
             )
         return LDMPipeline
     if not conditional and process.scheduler_family != "edm":
@@ -247,8 +248,8 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
         height, width = network.config["sample_size"]
         raise ValueError(
             f"the images are {height}x{width}. Diffusers samples EDM networks, and networks with classes, by "
-            "ConsistencyModelPipeline, which makes square images alone. Pass --noise_process vp, ve or flow without classes, or "
-            "one side as --resolution."
+            "ConsistencyModelPipeline, which makes square images alone. Pass noise_process='vp', noise_process='ve' or "
+            "noise_process='flow' without classes, or one side as resolution=."
         )
     return ConsistencyModelPipeline
 

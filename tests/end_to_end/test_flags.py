@@ -245,7 +245,7 @@ def test_every_flag_is_in_the_table():
 @pytest.mark.parametrize("name", ["train_unconditional_stf", "generate", "quality_report"])
 def test_every_flag_is_read(name):
     module = __import__(name)
-    source = (EXAMPLES / f"{name}.py").read_text().split("args = parser.parse_args(argv)")[1]
+    source = (EXAMPLES / f"{name}.py").read_text().split("\ndef main(")[1]
     required = {"generate": ["--model", "m"], "quality_report": ["--samples", "s", "--extractor", "e"]}.get(name, [])
     required += ["--output_dir", "d"]
     for flag in vars(module.parse_args(required)):
