@@ -198,24 +198,45 @@ def precision_recall(samples: Tensor, data: Tensor, *, neighbors: int = 3, chunk
     if not 1 <= neighbors < min(len(samples), len(data)):
         raise ValueError(f"neighbors must be at least 1 and below {min(len(samples), len(data))}; got {neighbors}.")
 
-    centre = data.mean(0)
+    # Not the mean, which one outlier moves, and with it what products lose of the distances between all others.
+    centre = data.median(0).values
     samples, data = samples - centre, data - centre
-    # What products lose of squared distances: equal points stay within each other's reach.
-    tolerance = 1e-13 * max(samples.square().sum(1).max(), data.square().sum(1).max())
-
-    def share_within(points: Tensor, members: Tensor) -> float:
-        # The nearest of all is the member itself.
-        radii = torch.cat(
-            [_squared_distances(part, members).kthvalue(neighbors + 1, 1).values for part in members.split(chunk_size)]
-        )
-        inside = [(_squared_distances(part, members) <= radii + tolerance).any(1) for part in points.split(chunk_size)]
-        return float(torch.cat(inside).double().mean())
-
-    return PrecisionRecall(share_within(samples, data), share_within(data, samples))
+    return PrecisionRecall(
+        _share_within(samples, data, neighbors, chunk_size), _share_within(data, samples, neighbors, chunk_size)
+    )
 
 
-def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    return (-2 * x @ y.T).add_(x.square().sum(1)[:, None]).add_(y.square().sum(1))
+def _share_within(points: Tensor, members: Tensor, neighbors: int, chunk_size: int) -> float:
+    """The share of the points that lie among the members: by products, and where their error could decide by differences."""
+
+    def exact(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def bounds(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Between which the squared distances of x to the members lie."""
+        norms = x.square().sum(1)[:, None] + members.square().sum(1)
+        distances = (-2 * x @ members.T).add_(norms)
+        return distances - 1e-13 * norms, distances + 1e-13 * norms
+
+    # The nearest of all is the member itself.
+    radii = [
+        torch.stack([bound.kthvalue(neighbors + 1, 1).values for bound in bounds(part)])
+        for part in members.split(chunk_size)
+    ]
+    least, most = torch.cat(radii, 1)
+    inside = []
+    for part in points.split(chunk_size):
+        below, above = bounds(part)
+        within = (above <= least).any(1)
+        open_pairs = ~(below > most) & ~within[:, None]
+        for row in open_pairs.any(1).nonzero().flatten():
+            reach = members[open_pairs[row]]
+            exact_radii = torch.cat(
+                [exact(some, members).kthvalue(neighbors + 1, 1).values for some in reach.split(chunk_size)]
+            )
+            within[row] = (exact(part[row : row + 1], reach)[0] <= exact_radii).any()
+        inside.append(within)
+    return float(torch.cat(inside).double().mean())
 
 
 class NearestNeighbors(NamedTuple):

@@ -142,6 +142,16 @@ def test_precision_and_recall_by_brute_force():
     assert precision_recall(samples + 100, data) == (0.0, 0.0)
 
 
+def test_an_outlier_changes_precision_by_itself_alone():
+    data, samples = normal(300, 8), normal(300, 8, seed=1) + 30
+    samples[0] = 1e8
+    assert precision_recall(samples, data).precision == 0
+    # Far clusters are resolved too: of two samples near one, the one that equals a member lies in it.
+    data[:5] = 1e8 + 8 * torch.arange(40).view(5, 8)
+    samples[0], samples[1] = 1e8 + 5000, data[2]
+    assert precision_recall(samples, data).precision == 1 / 300
+
+
 def test_planted_copies_and_only_they_have_ratios_near_zero():
     data = normal(500, 48)
     samples = normal(40, 48, seed=1)

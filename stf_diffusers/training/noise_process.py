@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from accelerate.logging import get_logger
-
 from ..noise import EDM, NOISE_PROCESSES, NoiseProcess
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def choose_process(
@@ -19,17 +18,15 @@ def choose_process(
     *,
     standard_deviation: Callable[[], float],
     saved: Mapping[str, Any] | None = None,
-    normalised: bool = False,
 ) -> tuple[NoiseProcess, dict[str, Any]]:
     """The noise process, and the sampling range where one is given. A fine-tuned pipeline's own is the default.
 
     Args:
         noise_process: a name in `NOISE_PROCESSES`. None: that of `saved`, else "edm".
-        parameters: parameters of the process that are given. EDM takes sigma_min and sigma_max too, for sampling, and
-            "auto" for sigma_data: measured.
+        parameters: parameters of the process that are given; "auto" for sigma_data: measured, which is the default. EDM
+            takes sigma_min and sigma_max too, for sampling.
         standard_deviation: measures that of the data, where it is needed.
         saved: metadata of the pipeline that is trained further (`read_metadata`).
-        normalised: the data have variance 1 (latents): sigma_data is "auto" unless given or saved.
 
     Raises:
         ValueError: a parameter that the process does not have, or that contradicts the pipeline.
@@ -41,7 +38,7 @@ def choose_process(
         raise ValueError(f"noise_process={name!r}, but the pretrained pipeline was trained on {saved_name}.")
     given, ranges = dict(parameters), dict(saved.get("sampling_range", {})) if saved else {}
     if name == "edm":
-        if normalised and "sigma_data" not in saved_process:
+        if "sigma_data" not in saved_process:
             given.setdefault("sigma_data", "auto")
         ranges |= {limit: given.pop(limit) for limit in ("sigma_min", "sigma_max") if limit in given}
     kind = NOISE_PROCESSES[name]
