@@ -218,6 +218,14 @@ def coefficient_rows(alpha: Tensor | float, sigma: Tensor | float, noisy: Tensor
     return rows[0], rows[1]
 
 
+def _check_mask(mask: Tensor, batch_size: int, n: int) -> None:
+    check_tensor("mask", mask, "(B, n)")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool; got {mask.dtype}. Compare to make one, for instance `weights > 0`.")
+    if mask.shape != (batch_size, n):
+        raise ValueError(f"mask must be (B, n) = ({batch_size}, {n}); got {tuple(mask.shape)}.")
+
+
 @torch.no_grad()
 def posterior_mean(
     noisy: Tensor,
@@ -275,11 +283,7 @@ def posterior_mean(
             "give the DSM target."
         )
     if mask is not None:
-        check_tensor("mask", mask, "(B, n)")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool; got {mask.dtype}. Compare to make one, for instance `weights > 0`.")
-        if mask.shape != (noisy.shape[0], n):
-            raise ValueError(f"mask must be (B, n) = ({noisy.shape[0]}, {n}); got {tuple(mask.shape)}.")
+        _check_mask(mask, noisy.shape[0], n)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1; got {chunk_size}. Leave it out to have it chosen.")
     if reference.dtype != torch.uint8:
