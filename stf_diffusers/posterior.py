@@ -181,7 +181,9 @@ def posterior_state(
             if norms is None and images.dtype != torch.int8:
                 # NaN for the rows that use such a reference, and nothing for the others: 0 times infinity is NaN too.
                 unusable = ~known.isfinite()
-                images, known = images.masked_fill(unusable[:, None], 0), known.masked_fill(unusable, torch.nan)
+                # Elsewhere than on the CPU asking whether there are any would wait for the device.
+                if noisy.device.type != "cpu" or bool(unusable.any()):
+                    images, known = images.masked_fill(unusable[:, None], 0), known.masked_fill(unusable, torch.nan)
             images = queries.exact(images)
             logits = queries.logits(images, known)
             if mask is not None:
