@@ -41,11 +41,31 @@ TRAINING: list[set[str]] = [
     {"training.__init__"},
     {
         f"training.{name}"
-        for name in ("data_set", "run_folder", "sources", "autoencoder", "noise_process", "conditioning")
+        for name in (
+            "data_files",
+            "image_column",
+            "run_folder",
+            "sources",
+            "autoencoder",
+            "noise_process",
+            "conditioning",
+        )
     },
-    {f"training.{name}" for name in ("sampling", "training_log", "hub_upload", "stop_signal", "command_line")},
+    {
+        f"training.{name}"
+        for name in (
+            "data_set",
+            "image_reader",
+            "sampling",
+            "training_log",
+            "hub_upload",
+            "stop_signal",
+            "command_line",
+        )
+    },
     {"training.presets.__init__"},
-    {f"training.{name}" for name in ("image_data", "network", "references", "averages")},
+    {f"training.{name}" for name in ("image_cache", "network", "references", "averages")},
+    {"training.image_data"},
     {f"training.{name}" for name in ("streaming", "latents", "checkpoints", "evaluation")},
 ]
 LAYERS = [*CORE, *ABOVE_DIFFUSERS, *TRAINING]
