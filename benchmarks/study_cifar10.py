@@ -45,7 +45,8 @@ from stf_diffusers.quality import sample_quality
 from stf_diffusers.training.averages import AVERAGE
 from stf_diffusers.training.data_set import find_image_column, load_split
 from stf_diffusers.training.evaluation import data_features
-from stf_diffusers.training.image_data import ImageColumn, decode_all, make_reader
+from stf_diffusers.training.image_data import ImageColumn
+from stf_diffusers.training.image_reader import decode_all, make_reader
 from stf_diffusers.training.sampling import as_pixels
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from stf_diffusers.training.data_set import find_image_column, find_label_column, load_split
-from stf_diffusers.training.image_data import decode_all, make_reader
+from stf_diffusers.training.image_reader import decode_all, make_reader
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

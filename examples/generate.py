@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from stf_diffusers import STFPipeline
 from stf_diffusers.export import METADATA_KEY, network_of, sampling_labels
 from stf_diffusers.files import replacing
+from stf_diffusers.training.command_line import run
 from stf_diffusers.training.sampling import SETTINGS
 
 
@@ -104,7 +105,11 @@ def read(path: Path) -> np.ndarray:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     state = PartialState()
-    pipeline = STFPipeline.from_pretrained(args.model).to(state.device)
+    try:
+        pipeline = STFPipeline.from_pretrained(args.model).to(state.device)
+    # Missing folders, missing files and what is not a pipeline each raise another error in Diffusers and the Hub's client.
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {args.model} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     metadata = pipeline.scheduler.config.get(METADATA_KEY) or {}
     null_label, classes = metadata.get("null_label"), sampling_labels(network_of(pipeline), metadata)
@@ -167,4 +172,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

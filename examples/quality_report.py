@@ -27,9 +27,10 @@ from torch import Tensor
 from stf_diffusers.feature_extractors import FeatureExtractor, inception_features, transformers_features
 from stf_diffusers.metrics import NearestNeighbors, nearest_neighbors
 from stf_diffusers.quality import sample_quality
-from stf_diffusers.training.data_set import find_image_column, load_split
+from stf_diffusers.training.command_line import errors_in_flags, run
+from stf_diffusers.training.data_set import load_split
 from stf_diffusers.training.evaluation import SMALLEST, data_features, gathered
-from stf_diffusers.training.image_data import ImageColumn, decode_all, make_reader
+from stf_diffusers.training.image_data import ImageColumn, open_images
 from stf_diffusers.training.sampling import SETTINGS, as_pixels
 from stf_diffusers.training.stop_signal import settle_communication
 
@@ -46,10 +47,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset_config_name", help="The configuration of the data set, if it has several.")
     parser.add_argument("--train_data_dir", help="A folder of training images, instead of --dataset_name.")
     parser.add_argument("--image_column", help="Name of the image column; detected if there is only one.")
+    parser.add_argument("--split", default="train", help="Split that was trained on, in which copies are sought.")
+    parser.add_argument("--reference_split", help="Split that distances are measured from. Default: --split.")
     parser.add_argument(
-        "--reference_split",
-        default="train",
-        help="Split that distances are measured from. Copies are always sought in train.",
+        "--skip_corrupt", action="store_true", help="Leave out images that are missing or cannot be decoded."
     )
     parser.add_argument(
         "--random_flip", action="store_true", help="The training flipped images: copies of flipped images count."
@@ -66,6 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("pass --extractor or --inception_weights, one of them.")
     if args.dataset_name and args.train_data_dir:
         parser.error("--dataset_name and --train_data_dir exclude each other.")
+    args.reference_split = args.reference_split or args.split
     if args.batch_size < 1:
         parser.error(f"--batch_size must be at least 1; got {args.batch_size}.")
     return args
@@ -103,21 +105,29 @@ def load(args: argparse.Namespace, split: str, shape: tuple[int, ...], quiet: bo
     dataset = load_split(
         args.dataset_name, args.dataset_config_name, args.train_data_dir, cache_dir=args.cache_dir, split=split
     )
-    column = find_image_column(dataset, args.image_column)
-    reader = make_reader(dataset, column, {1: "L", 3: "RGB", 4: "RGBA"}[shape[0]], shape[1], True)
-    return ImageColumn(dataset, column, reader, images=decode_all(dataset, column, reader, math.inf, quiet))
+    return open_images(
+        dataset,
+        image_column=args.image_column,
+        image_mode={1: "L", 3: "RGB", 4: "RGBA"}[shape[0]],
+        resolution=(shape[1], shape[2]),
+        center_crop=True,
+        skip_corrupt=args.skip_corrupt,
+        image_memory_gb=math.inf,
+        cache_dir=args.cache_dir,
+        quiet=quiet,
+    )
 
 
 def read(paths: list[Path]) -> Tensor:
     """(n, C, H, W) uint8 pixels.
 
     Raises:
-        ValueError: images of different sizes or modes, or that are not square.
+        ValueError: images of different sizes or modes.
     """
     images = [Image.open(path) for path in paths]
     kinds = {(image.size, image.mode) for image in images}
-    if len(kinds) > 1 or images[0].width != images[0].height or images[0].mode not in ("L", "RGB", "RGBA"):
-        raise ValueError(f"samples must be square, and alike in size and in mode, L, RGB or RGBA; got {sorted(kinds)}.")
+    if len(kinds) > 1 or images[0].mode not in ("L", "RGB", "RGBA"):
+        raise ValueError(f"samples must be alike in size and in mode, L, RGB or RGBA; got {sorted(kinds)}.")
     return as_pixels(images)
 
 
@@ -139,7 +149,9 @@ def picture(samples: Tensor, train: Tensor, found: NearestNeighbors, chosen: Ten
 
 
 def main(argv: list[str] | None = None) -> None:
-    report(parse_args(argv))
+    args = parse_args(argv)
+    with errors_in_flags(vars(args)):
+        report(args)
     settle_communication()
 
 
@@ -147,8 +159,8 @@ def report(args: argparse.Namespace) -> None:
     state = PartialState()
     paths, how = find_samples(args)
     samples = read(paths)
-    train = load(args, "train", tuple(samples.shape[1:]), not state.is_main_process)
-    same = args.reference_split == "train"
+    train = load(args, args.split, tuple(samples.shape[1:]), not state.is_main_process)
+    same = args.reference_split == args.split
     data = train if same else load(args, args.reference_split, tuple(samples.shape[1:]), not state.is_main_process)
     with state.main_process_first():
         extractor = make_extractor(args, state.device)
@@ -200,4 +212,4 @@ def report(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

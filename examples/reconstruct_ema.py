@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 
 from stf_diffusers.export import network_of, save_pipeline
 from stf_diffusers.training.averages import reconstruct, snapshots_of
+from stf_diffusers.training.command_line import errors_in_flags, run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,11 +32,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.output_dir.resolve() == args.model.resolve():
         raise ValueError("--output_dir is the trained model's own folder. Choose another.")
-    weights = reconstruct(snapshots_of(args.model), args.sigma_rel)
-    pipeline = DiffusionPipeline.from_pretrained(args.model, use_safetensors=True)
+    with errors_in_flags(vars(args) | {"post_hoc_ema": None}):
+        weights = reconstruct(snapshots_of(args.model), args.sigma_rel)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(args.model, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {args.model} cannot be loaded: {error}") from error
     network_of(pipeline).load_state_dict(weights)
     save_pipeline(pipeline, args.output_dir)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

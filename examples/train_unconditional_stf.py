@@ -26,51 +26,23 @@ import json
 import logging
 import math
 import os
-import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
-from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.optimization import SchedulerType, get_scheduler
-from tqdm.auto import tqdm
 
-from stf_diffusers import STFTrainingObjective
-from stf_diffusers.export import diffusers_pipeline, process_to_config, read_metadata, save_pipeline
-from stf_diffusers.model_card import model_card
 from stf_diffusers.noise import NOISE_PROCESSES
-from stf_diffusers.training import run_folder
-from stf_diffusers.training.autoencoder import check_fit, digest_of_autoencoder, load_autoencoder
-from stf_diffusers.training.averages import ExponentialAverage, PostHocAverages
-from stf_diffusers.training.checkpoints import check_finite, load_checkpoint, read_step, save_checkpoint
-from stf_diffusers.training.conditioning import reoriented
-from stf_diffusers.training.data_set import load_split
-from stf_diffusers.training.evaluation import SMALLEST, Evaluation
-from stf_diffusers.training.hub_upload import HubUpload
-from stf_diffusers.training.image_data import flip_at_random, open_images
-from stf_diffusers.training.latents import load_latents
-from stf_diffusers.training.network import PRESETS, new_network, pretrained_network
-from stf_diffusers.training.noise_process import DISCRETE_PARAMETERS, choose_process
-from stf_diffusers.training.references import choose_references
-from stf_diffusers.training.sampling import sample_grid, seed_for, seeded_generator
-from stf_diffusers.training.sources import TrainingImages
-from stf_diffusers.training.stop_signal import REQUEUE_EXIT_CODE, StopSignal, settle_communication
-from stf_diffusers.training.streaming import open_stream
-from stf_diffusers.training.training_log import TargetShare, TrainingLog, log_picture, tracker_may_fail
+from stf_diffusers.training.command_line import errors_in_flags, run
+from stf_diffusers.training.presets import PRESETS
 
 # As a script this module is "__main__".
 NAME = "train_unconditional_stf"
-logger = get_logger(NAME)
+logger = logging.getLogger(NAME)
 
 # The random streams of a micro-batch: each is a function of the seed, the process, the step, the micro-batch and its number.
 NOISE, FLIPS, DROPOUT, CONDITIONS = range(4)
@@ -85,6 +57,12 @@ KEPT_FLAGS = (
 )  # fmt: skip
 # A resumed run may change these; it is told that it does.
 NOTICED_FLAGS = ("allow_tf32", "compile", "gradient_checkpointing")
+
+# Flags of Diffusers' train_unconditional.py that are refused, and what to do instead.
+REFUSED_FLAGS = {
+    "--enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is used; leave it out.",
+    "--preserve_input_precision": "images are read with 8 bits a channel; leave it out.",
+}
 
 # Arguments of the package's functions that bear another name than the flag they come from.
 FLAG_OF = {
@@ -117,6 +95,17 @@ def sigma_data_value(text: str) -> float | str:
     return text if text == "auto" else number(float, 0, above=True)(text)
 
 
+class Refused(argparse.Action):
+    """A flag that ends the run with what to do instead."""
+
+    def __init__(self, option_strings: list[str], dest: str, instead: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=argparse.SUPPRESS)
+        self.instead = instead
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, flag: str | None = None) -> None:
+        parser.error(f"{flag}: {self.instead}")
+
+
 def process_flags() -> dict[str, dict[str, Any]]:
     """The parameters of all noise processes as arguments of `add_argument`, by flag."""
     flags: dict[str, dict[str, Any]] = {}
@@ -138,7 +127,8 @@ def process_flags() -> dict[str, dict[str, Any]]:
                 "help": meaning,
                 **({"choices": choices} if choices else {"type": number(float, **bounds)}),
             }
-    flags["sigma_data"] |= {"type": sigma_data_value, "help": flags["sigma_data"]["help"] + ' "auto": measured.'}
+    measured = "EDM: Standard deviation of the data in [-1, 1], such as 0.5. Default: auto, that is measured."
+    flags["sigma_data"] |= {"type": sigma_data_value, "help": measured}
     flags["sigma_min"]["help"] += " EDM: smallest noise level in sampling. Default: 0.002."
     flags["sigma_max"]["help"] += " EDM: largest noise level in sampling. Default: 80."
     return flags
@@ -154,25 +144,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_name",
-        help="A data set on the Hub, a local folder (images, parquet, or save_to_disk), or a parquet file. Default, "
-             "without --train_data_dir: scikit-learn's handwritten digits.")
+        help="A data set on the Hub, a local folder (images, parquet, or save_to_disk), or a file: parquet, .zip (a folder of "
+             "images), .tar (WebDataset), .npz or .npy (arrays of pixels). Default, without --train_data_dir: "
+             "scikit-learn's handwritten digits.")
     data.add_argument("--dataset_config_name", help="The configuration of the data set, if it has several.")
     data.add_argument("--train_data_dir", help="A folder of images, instead of --dataset_name.")
-    data.add_argument("--cache_dir", help="Folder for downloaded data sets and models.")
+    data.add_argument("--split", default="train", help="Split to train on, such as train, train+test or train[:1000].")
+    data.add_argument("--cache_dir",
+        help="Folder for downloaded data sets and models, and for decoded images. Default: Hugging Face's cache.")
     data.add_argument("--image_column", help="Name of the image column; detected if there is only one.")
     data.add_argument("--label_column",
         help="Name of the class-label column, for --class_conditional; detected if there is only one.")
-    data.add_argument("--resolution", type=count,
-        help="Side length to which images are resized and cropped. Default: the images' own.")
+    data.add_argument("--resolution", type=count, nargs="+", metavar=("SIDE", "WIDTH"),
+        help="Side length, or height and width, to which images are resized and cropped. Default: the images' own.")
     data.add_argument("--image_mode", choices=["L", "RGB", "RGBA"],
         help="Mode to which images are converted. Default: L for greyscale images, RGB for others.")
     data.add_argument("--center_crop", action="store_true",
         help="Crop the centre of non-square images instead of a random part.")
+    data.add_argument("--skip_corrupt", action="store_true",
+        help="Leave out images that are missing or cannot be decoded, and log how many. Default: an error.")
     data.add_argument("--random_flip", action="store_true",
         help="Flip images horizontally at random, sources and references alike.")
     data.add_argument("--image_memory_gb", type=number(float, 0), default=4.0,
         help="Memory per process, in GiB, for decoded images (uint8); larger data sets are decoded again at each "
              "reading.")
+    data.add_argument("--image_cache", action=argparse.BooleanOptionalAction, default=True,
+        help="Keep decoded images on the disk, for all processes of the machine and for later runs.")
     data.add_argument("--dataloader_num_workers", type=number(int, 0), default=0,
         help="Number of worker processes that read the data.")
     data.add_argument("--streaming", action="store_true",
@@ -210,9 +207,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Share of images that are rotated or flipped and labelled as such; samples are upright.")
 
     network = parser.add_argument_group("network")
-    network.add_argument("--model_config",
-        help=f"A preset ({', '.join(PRESETS)}), or the config file of a UNet2DModel or DiTTransformer2DModel. Default: "
-             "the preset for the images' size.")
+    network.add_argument("--model_config", "--model_config_name_or_path",
+        help=f"A preset ({', '.join(PRESETS)}), or the config of a UNet2DModel or DiTTransformer2DModel: a JSON file, a "
+             "folder or a repository on the Hub. Default: the preset for the images' size.")
     network.add_argument("--pretrained_model_name_or_path", help="A saved pipeline whose network is fine-tuned.")
     network.add_argument("--class_conditional", action="store_true",
         help="Condition the network on class labels; references are of the same class.")
@@ -244,7 +241,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Peak learning rate, reached after warm-up.")
     training.add_argument("--scale_lr", action="store_true",
         help="Multiply the learning rate by the number of processes, the accumulation steps and the batch size.")
-    schedules = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
+    schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     training.add_argument("--lr_scheduler", choices=schedules, default="cosine", help="Learning-rate schedule.")
     training.add_argument("--lr_warmup_steps", type=number(int, 0), default=500, help="Number of warm-up steps.")
     training.add_argument("--adam_beta1", type=share, default=0.95, help="AdamW: decay of the first moment.")
@@ -266,14 +263,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--resume_from_checkpoint", help='Checkpoint to resume from: "latest", or a folder.')
 
     report = parser.add_argument_group("reports")
-    report.add_argument("--report_to",
+    report.add_argument("--report_to", "--logger",
         help='A tracker that Accelerate supports, "all" or "none". Default: tensorboard, if installed.')
     report.add_argument("--logging_dir", default="logs", help="Folder of the tracker's logs, in output_dir.")
     report.add_argument("--logging_steps", type=count, default=10, help="Log every this many steps.")
     report.add_argument("--sample_steps", type=count,
         help="Sample a grid every this many steps. Default: at the end only.")
+    report.add_argument("--save_images_epochs", type=count, help="Sample a grid every this many epochs.")
+    report.add_argument("--save_model_epochs", type=count, help="Save the pipeline every this many epochs.")
+    report.add_argument("--eval_batch_size", type=count,
+        help="Batch size of sampling, per process. Default: --train_batch_size.")
     report.add_argument("--num_samples", type=count, default=16, help="Number of images per grid.")
-    report.add_argument("--num_inference_steps", type=number(int, 2, high=1000), default=35,
+    report.add_argument("--num_inference_steps", "--ddpm_num_inference_steps", type=number(int, 2, high=1000), default=35,
         help="Number of sampling steps.")
     report.add_argument("--eval_steps", type=count,
         help="Measure the samples' distance from the training images every this many steps and at the end, and keep "
@@ -281,7 +282,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     report.add_argument("--eval_extractor",
         help="Vision model of transformers whose features are compared: a folder or a repository on the Hub, such as "
              "facebook/dinov2-base.")
-    report.add_argument("--eval_num_samples", type=number(int, SMALLEST), default=1000,
+    report.add_argument("--eval_num_samples", type=number(int, 5), default=1000,
         help="Number of samples per evaluation.")
     report.add_argument("--push_to_hub", action="store_true", help="Upload the pipeline to the Hub at the end.")
     report.add_argument("--hub_steps", type=count, help="Upload every this many steps as well.")
@@ -290,7 +291,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     report.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
     report.add_argument("--hub_token", help="Access token. Default: that of `hf auth login`.")
 
+    # Of Diffusers' train_unconditional.py: taken as it takes it, and what has no counterpart here.
+    report.add_argument("--local_rank", type=int, help="Set by old launchers; the environment's LOCAL_RANK counts.")
+    for flag, instead in REFUSED_FLAGS.items():
+        parser.add_argument(flag, action=Refused, instead=instead)
+
     args = parser.parse_args(argv)
+    del args.local_rank
     for wrong, message in check_flags(args):
         if wrong:
             parser.error(message)
@@ -301,7 +308,6 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
     """Combinations of flags that are refused: (whether this one is there, what to do about it)."""
     # Latents that are not the same each time they are read.
     drawn = bool(args.vae) and (args.latents == "sample" or args.random_flip)
-    trackers = available_trackers()
     data = [
         (args.dataset_name and args.train_data_dir, "--dataset_name and --train_data_dir exclude each other."),
         (args.streaming and args.max_train_steps is None,
@@ -309,6 +315,10 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.streaming and (args.reference or args.share_reference),
          "--streaming: references are the buffer of each process, from which its sources are drawn; others would bias "
          "the target. Leave --reference and --share_reference out."),
+        (args.streaming and args.skip_corrupt,
+         "--streaming reads images when their turn comes: leave --skip_corrupt out."),
+        (args.streaming and (args.save_images_epochs or args.save_model_epochs),
+         "--streaming has no epochs: pass --sample_steps instead of --save_images_epochs and --save_model_epochs."),
         (args.streaming and (args.vae or args.dataloader_num_workers),
          "--streaming reads images in the training process: leave --vae and --dataloader_num_workers out."),
     ]
@@ -347,8 +357,7 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
     reports = [
         (args.overwrite_output_dir and args.resume_from_checkpoint,
          "--overwrite_output_dir and --resume_from_checkpoint exclude each other."),
-        (args.report_to not in (None, "all", "none", *trackers),
-         f"--report_to {args.report_to}: installed trackers are {', '.join(trackers) or 'none'}."),
+        (args.sample_steps and args.save_images_epochs, "--sample_steps and --save_images_epochs exclude each other."),
         (bool(args.eval_steps) != bool(args.eval_extractor), "--eval_steps and --eval_extractor need each other."),
         (args.eval_steps and args.streaming,
          "--eval_steps compares with all training images, which a stream does not keep. Leave one out."),
@@ -359,34 +368,46 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
 # fmt: on
 
 
-def available_trackers() -> list[str]:
-    return [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+if __name__ == "__main__":
+    parse_args()  # --help and a mistyped flag do not wait for the imports below, which take seconds
 
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.optimization import get_scheduler
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-def in_flags(message: str, flags: list[str]) -> str:
-    """A message of the package in this script's words: ``resolution=32`` becomes ``--resolution 32``."""
-    names = "|".join({**FLAG_OF, **dict.fromkeys(flags)})
-
-    def flag(match: re.Match[str]) -> str:
-        name, value = FLAG_OF.get(match[1], match[1]), (match[2] or "").strip("'")
-        # A flag that is on or off has no value on the command line.
-        return f"--{name} {value}" if value not in ("", "True") else f"--{name}"
-
-    return re.sub(rf"(?<![\w-])({names})=('[^']*'|[\w./+-]*\w)?", lambda match: flag(match), message)
-
-
-@contextmanager
-def errors_in_flags(args: argparse.Namespace) -> Iterator[None]:
-    """Errors in the block name this script's flags where the package names its arguments."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        if len(error.args) == 1 and isinstance(error.args[0], str):
-            error.args = (in_flags(error.args[0], list(vars(args))),)
-        raise
-
+from stf_diffusers import STFTrainingObjective
+from stf_diffusers.export import diffusers_pipeline, process_to_config, read_metadata, save_pipeline
+from stf_diffusers.model_card import model_card
+from stf_diffusers.plotting import plot_training_levels
+from stf_diffusers.training import run_folder
+from stf_diffusers.training.autoencoder import check_fit, digest_of_autoencoder, load_autoencoder
+from stf_diffusers.training.averages import ExponentialAverage, PostHocAverages
+from stf_diffusers.training.checkpoints import check_finite, load_checkpoint, read_step, save_checkpoint
+from stf_diffusers.training.conditioning import reoriented
+from stf_diffusers.training.data_set import load_split
+from stf_diffusers.training.evaluation import Evaluation
+from stf_diffusers.training.hub_upload import HubUpload
+from stf_diffusers.training.image_data import flip_at_random, open_images
+from stf_diffusers.training.latents import load_latents
+from stf_diffusers.training.network import new_network, pretrained_network
+from stf_diffusers.training.noise_process import DISCRETE_PARAMETERS, choose_process
+from stf_diffusers.training.references import choose_references
+from stf_diffusers.training.run_lock import RunLock, check_number_of_processes
+from stf_diffusers.training.sampling import sample_grid, seed_for, seeded_generator
+from stf_diffusers.training.sources import TrainingImages
+from stf_diffusers.training.stop_signal import REQUEUE_EXIT_CODE, StopSignal, settle_communication, stop_with_launcher
+from stf_diffusers.training.streaming import open_stream
+from stf_diffusers.training.training_log import MetricsFile, TargetShare, TrainingLog, log_picture, tracker_may_fail
 
 # ---- the parts of a run that need its flags
+
+
+def available_trackers() -> list[str]:
+    return [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -400,7 +421,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         # What `accelerate launch` sets; Accelerate itself passes over some of them in silence, on a CPU for instance.
         if os.environ.get(f"ACCELERATE_USE_{mode}", "false").lower() == "true":
             raise ValueError(unsupported.format(mode))
-    report_to = args.report_to or ("tensorboard" if "tensorboard" in available_trackers() else "none")
+    trackers = available_trackers()
+    if args.report_to not in (None, "all", "none", *trackers):
+        raise ValueError(f"--report_to {args.report_to}: installed trackers are {', '.join(trackers) or 'none'}.")
+    report_to = args.report_to or ("tensorboard" if "tensorboard" in trackers else "none")
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
@@ -412,6 +436,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         step_scheduler_with_optimizer=False,
     )
     check_mode(accelerator.distributed_type, accelerator.device)
+    check_number_of_processes(accelerator.num_processes)
     return accelerator
 
 
@@ -441,6 +466,32 @@ def load_vae(args: argparse.Namespace, device: torch.device) -> ModelMixin:
                 f"scale folded in. Pass --vae {pretrained}."
             )
     return vae
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether what is done every so many steps is to be done after this one."""
+    return bool(every) and step % (every or 1) == 0
+
+
+# fmt: off
+def notices(args: argparse.Namespace, max_steps: int) -> list[str]:
+    """What the flags ask for and will not get."""
+    rows = [
+        (args.lr_warmup_steps >= max_steps and args.lr_scheduler != "constant",
+         f"The learning rate does not reach its peak: --lr_warmup_steps {args.lr_warmup_steps} of {max_steps} steps."),
+        (args.sample_steps and args.sample_steps >= max_steps,
+         f"--sample_steps {args.sample_steps} has no effect in {max_steps} steps; a grid is sampled at the end."),
+        (args.checkpoints_total_limit and args.checkpointing_steps >= max_steps,
+         f"--checkpoints_total_limit has no effect: --checkpointing_steps {args.checkpointing_steps} of {max_steps} steps."),
+        (args.label_column and not args.class_conditional, "--label_column has no effect without --class_conditional."),
+        (not args.use_ema and (args.ema_inv_gamma, args.ema_power, args.ema_max_decay) != (1.0, 3 / 4, 0.9999),
+         "--ema_inv_gamma, --ema_power and --ema_max_decay have no effect with --no-use_ema."),
+        (args.max_train_steps and args.num_epochs != 100, "--num_epochs has no effect with --max_train_steps."),
+        (args.share_reference and int(os.environ.get("WORLD_SIZE", "1")) == 1,
+         "--share_reference has no effect in a single process."),
+    ]
+    return [message for wrong, message in rows if wrong]
+# fmt: on
 
 
 def describe_run(args: argparse.Namespace, images: TrainingImages, **known: Any) -> dict[str, Any]:
@@ -477,6 +528,17 @@ def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
         ) from error
 
 
+def save_levels(profile: dict[str, list[float]], path: Path) -> None:
+    """A picture of the loss and of what references took from the targets' variance, by noise level."""
+    try:
+        figure = plot_training_levels(**profile)
+    except ImportError:
+        logger.info("Loss and variance by noise level are drawn where matplotlib is installed: pip install matplotlib.")
+        return
+    figure.savefig(path)
+    logger.info("Loss and variance removed by noise level: %s", path)
+
+
 def public_name(name: str | None) -> str | None:
     """A name on the Hub as it is; of a local path, the last part only."""
     return Path(name).resolve().name if name is not None and Path(name).exists() else name
@@ -501,17 +563,23 @@ def main(argv: list[str] | None = None) -> None:
         OSError: something cannot be written.
     """
     args = parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    for name in (NAME, "stf_diffusers"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    with StopSignal() as stop, errors_in_flags(args):
+    stop_with_launcher()
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(errors_in_flags(vars(args), FLAG_OF, printed=process_flags()))
         accelerator = make_accelerator(args)
         process_index, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        logging.basicConfig(format="%(message)s")
+        for name in (NAME, "stf_diffusers"):
+            logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+        stack.enter_context(logging_redirect_tqdm())  # lines stand above the progress bar, not within it
         places = {"process_index": process_index, "num_processes": num_processes}
         quiet, output_dir = not accelerator.is_main_process, Path(args.output_dir)
 
         # Everything that is known to be wrong is said before anything on disk changes.
         run_folder.check_writable(output_dir)
+        if accelerator.is_main_process:
+            stack.enter_context(RunLock(output_dir))
         resume = run_folder.find_checkpoint(output_dir, args.resume_from_checkpoint)
         first_step = 0 if resume is None else run_folder.step_of(resume)
         if args.resume_from_checkpoint == "latest" and resume is None:
@@ -523,7 +591,7 @@ def main(argv: list[str] | None = None) -> None:
         with accelerator.main_process_first():
             dataset = load_split(
                 args.dataset_name, args.dataset_config_name, args.train_data_dir,
-                cache_dir=args.cache_dir, streaming=args.streaming,
+                cache_dir=args.cache_dir, streaming=args.streaming, split=args.split,
             )  # fmt: skip
         reading = {
             name: getattr(args, name)
@@ -543,26 +611,30 @@ def main(argv: list[str] | None = None) -> None:
             images = stream = open_stream(dataset, **buffer, **places, **reading)
             stream.agree(gather_object([stream.summary()]))
         else:
-            images = pixels = open_images(dataset, image_memory_gb=args.image_memory_gb, quiet=quiet, **reading)
+            images = pixels = open_images(
+                dataset, skip_corrupt=args.skip_corrupt, image_memory_gb=args.image_memory_gb,
+                image_cache=args.image_cache, cache_dir=args.cache_dir, quiet=quiet, **reading,
+            )  # fmt: skip
             if args.objective == "stf" and images.labels is not None:
                 alone = [label for label, count in Counter(images.labels.tolist()).items() if count == 1]
                 if alone:
                     logger.warning("Classes of a single image have the targets of denoising score matching: %s.", alone)
+        class_names = images.class_names
         data_name = public_name(args.dataset_name or args.train_data_dir) or "scikit-learn's handwritten digits"
 
         # ---- noise process and network
         pretrained = args.pretrained_model_name_or_path
         saved = read_metadata(pretrained, cache_dir=args.cache_dir) if pretrained else None
+        parameters = (*process_flags(), *DISCRETE_PARAMETERS)
+        given = {flag: getattr(args, flag) for flag in parameters if getattr(args, flag) is not None}
+        begun_on = run_folder.run_of(resume).get("process", {})
+        if "sigma_data" in begun_on and args.noise_process in (None, begun_on["name"]):
+            given.setdefault("sigma_data", begun_on["sigma_data"])
         process, sampling_range = choose_process(
             args.noise_process,
-            {
-                flag: getattr(args, flag)
-                for flag in (*process_flags(), *DISCRETE_PARAMETERS)
-                if getattr(args, flag) is not None
-            },
+            given,
             standard_deviation=(lambda: 1.0) if args.vae else (lambda: images.standard_deviation),
             saved=saved,
-            normalised=bool(args.vae),
         )
         objective = STFTrainingObjective(process)
         vae, shape = load_vae(args, device) if args.vae else None, images.shape
@@ -573,15 +645,21 @@ def main(argv: list[str] | None = None) -> None:
         if pretrained:
             network, conditioning = pretrained_network(pretrained, shape, cache_dir=args.cache_dir, **labelled)
         else:
-            network, conditioning = new_network(shape, model_config=args.model_config, **labelled)
+            network, conditioning = new_network(
+                shape, model_config=args.model_config, cache_dir=args.cache_dir, **labelled
+            )
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         # An impossible range, combination or number of steps fails now, not after the training.
-        sampler = diffusers_pipeline(network, process, vae=vae, **sampling_range).scheduler
-        sampler.set_timesteps(args.num_inference_steps)
+        scheduler = diffusers_pipeline(network, process, vae=vae, **sampling_range).scheduler
+        if args.num_inference_steps > scheduler.config["num_train_timesteps"]:
+            raise ValueError(
+                f"--num_inference_steps {args.num_inference_steps} is more than the {scheduler.config['num_train_timesteps']} "
+                "timesteps of the process. Use at most as many."
+            )
         sampling = {
             "seed": args.seed,
-            "batch_size": args.train_batch_size,
+            "batch_size": args.eval_batch_size or args.train_batch_size,
             "num_inference_steps": args.num_inference_steps,
         }
         evaluation = None
@@ -616,6 +694,12 @@ def main(argv: list[str] | None = None) -> None:
         max_steps = args.max_train_steps or math.ceil(
             args.num_epochs * batches_per_epoch / args.gradient_accumulation_steps
         )
+
+        steps_per_epoch = max(1, batches_per_epoch // args.gradient_accumulation_steps)
+        sample_steps = args.sample_steps or steps_per_epoch * (args.save_images_epochs or 0)
+        save_steps = steps_per_epoch * (args.save_model_epochs or 0)
+        for notice in notices(args, max_steps):
+            logger.warning(notice)
 
         # ---- optimizer
         if args.allow_tf32:
@@ -664,10 +748,12 @@ def main(argv: list[str] | None = None) -> None:
             run_folder.remove_leftovers(output_dir)
         accelerator.wait_for_everyone()
         start_trackers(args, accelerator)
+        metrics_file = None
         if accelerator.is_main_process:  # nothing at the start can fail any more
             if args.overwrite_output_dir:
                 run_folder.clear(output_dir)
             run_folder.remove_latents(output_dir, kept=latent_file)
+            metrics_file = MetricsFile(output_dir / run_folder.METRICS, first_step)
         logger.info(
             "%s on %s with %s; %s; %.1f M parameters; %d steps of %d images on %d process(es).",
             args.objective.upper(), process, references, images,
@@ -683,6 +769,7 @@ def main(argv: list[str] | None = None) -> None:
                 ema.copy_to(averaged)
             metadata = {**manifest["run"], "steps": step, "images_seen": step * images_per_step}
             metadata |= {"dataset": data_name, "license": args.model_license, "vae": public_name(args.vae)}
+            metadata |= {"class_names": class_names}
             return diffusers_pipeline(averaged, process, vae=vae, metadata=metadata, **sampling_range)
 
         def save_grid(pipeline: DiffusionPipeline, step: int) -> Path:
@@ -695,12 +782,15 @@ def main(argv: list[str] | None = None) -> None:
                 log_picture(accelerator, grid, step)
             return path
 
-        def save(step: int) -> None:
-            """The pipeline, a grid of its samples, its card, and where asked for all of it on the Hub."""
-            pipeline = averaged_pipeline(step)
+        def save_weights(pipeline: DiffusionPipeline) -> None:
             if accelerator.is_main_process:
                 with run_folder.explained_write_errors("the pipeline", output_dir):
                     save_pipeline(pipeline, output_dir, raw_network=None if ema is None else network)
+
+        def save(step: int) -> None:
+            """The pipeline, a grid of its samples, its card, and where asked for all of it on the Hub."""
+            pipeline = averaged_pipeline(step)
+            save_weights(pipeline)
             grid = save_grid(pipeline, step)
             if accelerator.is_main_process:
                 card = model_card(
@@ -759,7 +849,7 @@ def main(argv: list[str] | None = None) -> None:
                         gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                log.add(loss, perturbed, sources, step, batch["index"])
+                log.add(loss, output, perturbed, sources, step, batch["index"])
             learning_rate = lr_scheduler.get_last_lr()[0]
             if not accelerator.optimizer_step_was_skipped:
                 lr_scheduler.step()
@@ -768,34 +858,43 @@ def main(argv: list[str] | None = None) -> None:
             progress.update()
             target_share.step_done()
 
-            # A checkpoint with the last step and with each upload too, so that a killed run never has a pipeline and
+            # A checkpoint with the last step and with each pipeline too, so that a killed run never has a pipeline and
             # nothing to go on from.
-            hub_due = bool(args.hub_steps) and step % (args.hub_steps or 1) == 0
-            checkpoint_due = step % args.checkpointing_steps == 0 or step == max_steps or hub_due
+            save_due = due(step, args.hub_steps) or due(step, save_steps)
+            checkpoint_due = due(step, args.checkpointing_steps) or step == max_steps or save_due
             stopping = stop.agreed() and step < max_steps
-            if step in (first_step + 1, max_steps) or step % args.logging_steps == 0 or checkpoint_due or stopping:
+            if step in (first_step + 1, max_steps) or due(step, args.logging_steps) or checkpoint_due or stopping:
                 report = log.flush() | {"learning_rate": learning_rate, "gradient_norm": float(gradient_norm)}
                 progress.set_postfix(loss=f"{report['loss']:.4f}", lr=f"{learning_rate:.2e}")
+                if metrics_file is not None:
+                    metrics_file.append(step, report)
                 with tracker_may_fail():
                     accelerator.log(report, step=step)
             if checkpoint_due or stopping:
                 check_finite(network, step)
                 save_checkpoint(accelerator, output_dir, step, averages, manifest, args.checkpoints_total_limit)
             if stopping:
-                logger.info("Stopped by a signal after step %d; --resume_from_checkpoint latest continues.", step)
+                save_weights(averaged_pipeline(step))
+                logger.info(
+                    "Stopped by a signal after step %d; %s can be sampled, and --resume_from_checkpoint latest continues.",
+                    step, output_dir,
+                )  # fmt: skip
                 end(accelerator, hub, output_dir, patience=20)
                 raise SystemExit(REQUEUE_EXIT_CODE)
             evaluate(step)
-            if step < max_steps and hub_due:
+            if step < max_steps and save_due:
                 save(step)
-            elif step < max_steps and args.sample_steps and step % args.sample_steps == 0:
+            elif step < max_steps and due(step, sample_steps):
                 save_grid(averaged_pipeline(step), step)
         progress.close()
 
         # ---- save
         save(max(first_step, max_steps))
+        profile = log.profile.result()
+        if accelerator.is_main_process and profile["rows"]:
+            save_levels(profile, output_dir / run_folder.SAMPLES / "noise_levels.png")
         end(accelerator, hub, output_dir)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

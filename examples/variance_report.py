@@ -29,8 +29,10 @@ from stf_diffusers import ReferenceBank, __version__, target_variance
 from stf_diffusers.diagnostics import TargetVariance
 from stf_diffusers.files import replacing
 from stf_diffusers.noise import NOISE_PROCESSES, NoiseProcess
-from stf_diffusers.training.data_set import find_image_column, find_label_column, load_split
-from stf_diffusers.training.image_data import decode_all, make_reader
+from stf_diffusers.training.command_line import errors_in_flags, run
+from stf_diffusers.training.data_set import find_image_column, find_label_column, load_split, read_labels
+from stf_diffusers.training.image_column import with_images, without_corrupt
+from stf_diffusers.training.image_reader import decode_all, make_reader
 from stf_diffusers.variance_report import MeasuredData, advise, draw, report_page, without_nan
 
 
@@ -38,11 +40,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--dataset_name",
-        help="A data set on the Hub, a local folder (images, parquet, or save_to_disk), or a parquet file. "
-        "Default, without --train_data_dir: scikit-learn's handwritten digits.",
+        help="A data set on the Hub, a local folder or a file, as for the training script. Default, without "
+        "--train_data_dir: scikit-learn's handwritten digits.",
     )
     parser.add_argument("--dataset_config_name", help="The configuration of the data set, if it has several.")
     parser.add_argument("--train_data_dir", help="A folder of images, instead of --dataset_name.")
+    parser.add_argument("--split", default="train", help="Split to measure.")
     parser.add_argument("--cache_dir", help="Folder for downloaded data sets.")
     parser.add_argument("--image_column", help="Name of the image column; detected if there is only one.")
     parser.add_argument(
@@ -50,7 +53,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--class_conditional", action="store_true", help="Measure the variance given the class.")
     parser.add_argument(
-        "--resolution", type=int, help="Side length to which images are resized and cropped. Default: the images' own."
+        "--resolution",
+        type=int,
+        nargs="+",
+        metavar=("SIDE", "WIDTH"),
+        help="Side length, or height and width, to which images are resized and cropped. Default: the images' own.",
+    )
+    parser.add_argument(
+        "--skip_corrupt", action="store_true", help="Leave out images that are missing or cannot be decoded."
     )
     parser.add_argument(
         "--image_mode",
@@ -82,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.dataset_name is not None and args.train_data_dir is not None:
         parser.error("--dataset_name and --train_data_dir exclude each other.")
-    least = {"max_images": 2, "num_samples": 2, "num_levels": 2, "seed": 0, "resolution": 1}
+    least = {"max_images": 2, "num_samples": 2, "num_levels": 2, "seed": 0}
     for name, minimum in least.items():
         if getattr(args, name) is not None and getattr(args, name) < minimum:
             parser.error(f"--{name} must be at least {minimum}; got {getattr(args, name)}.")
@@ -94,23 +104,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_images(args: argparse.Namespace) -> tuple[Tensor, Tensor | None, MeasuredData]:
-    """`--max_images` images, uint8 (N, C, R, R), drawn at random by `--seed`; their labels; and what the report says of them.
+    """`--max_images` images, uint8 (N, C, H, W), drawn at random by `--seed`; their labels; and what the report says of them.
 
     Raises:
         ValueError: no such data, image or label column; images that differ in size or mode, or are not square.
     """
-    dataset = load_split(args.dataset_name, args.dataset_config_name, args.train_data_dir, cache_dir=args.cache_dir)
+    dataset = load_split(
+        args.dataset_name, args.dataset_config_name, args.train_data_dir, cache_dir=args.cache_dir, split=args.split
+    )
     column = find_image_column(dataset, args.image_column)
-    label_column = find_label_column(dataset, args.label_column) if args.class_conditional else None
+    dataset = with_images(dataset, column)
+    if args.skip_corrupt:
+        dataset = without_corrupt(dataset, column)
+    labels = None
+    if args.class_conditional:
+        labels = torch.tensor(read_labels(dataset, find_label_column(dataset, args.label_column)).values)
     available = len(dataset)
     if available > args.max_images:
-        rows = np.random.default_rng(args.seed).choice(available, args.max_images, replace=False)
-        dataset = dataset.select(np.sort(rows).tolist())
+        rows = np.sort(np.random.default_rng(args.seed).choice(available, args.max_images, replace=False))
+        dataset = dataset.select(rows.tolist())
+        labels = None if labels is None else labels[torch.from_numpy(rows)]
     reader = make_reader(dataset, column, args.image_mode, args.resolution, center_crop=True)
     images = decode_all(dataset, column, reader, math.inf, args.quiet)
     if images is None or len(images) < 2:
         raise ValueError(f"the data set has {len(dataset)} images, and a variance needs two or more.")
-    labels = None if label_column is None else torch.tensor(dataset[label_column])
     source = args.dataset_name or args.train_data_dir
     name = Path(source).name if source else "scikit-learn's digits"
     shape = tuple(images.shape[1:])
@@ -169,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     begun = time.perf_counter()
     process = make_process(args)
-    images, labels, data = load_images(args)
+    with errors_in_flags(vars(args)):
+        images, labels, data = load_images(args)
     bank = ReferenceBank(images, labels, device="cuda" if torch.cuda.is_available() else "cpu")
     rows = measure(args, process, bank)
     times = process.sample_t(100_000, generator=torch.Generator().manual_seed(args.seed))
@@ -191,4 +209,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

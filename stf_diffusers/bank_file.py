@@ -32,25 +32,39 @@ def write_bank(
         labels: (N,) int64 in the same order.
         order: (N,) int64, the position of each image in the data. None: as they come.
         fingerprint: of the data and their preprocessing.
+
+    Raises:
+        ValueError: images that are not finite, or not of that shape and dtype.
     """
     columns = {name: tensor for name, tensor in (("labels", labels), ("order", order)) if tensor is not None}
     layout = {"images": (dtype, shape), "norms": (torch.float64, shape[:1])}
     layout |= {name: (tensor.dtype, tensor.shape) for name, tensor in columns.items()}
     metadata = {"fingerprint": fingerprint}
     with RowWriter(path, layout, metadata_bytes=len(json.dumps(metadata))) as file:
+        done = 0
         for chunk in chunks:
+            norms = reference_norms(chunk)
+            check_finite(norms, done)
             file.write("images", chunk)
-            file.write("norms", reference_norms(chunk))
+            file.write("norms", norms)
+            done += len(chunk)
         for name, tensor in columns.items():
             file.write(name, tensor)
         file.finish(metadata)
+
+
+def check_finite(norms: Tensor, start: int = 0) -> None:
+    """Raise ValueError that names the images, counted from `start`, whose norms are not finite: nor are they then."""
+    wrong = (~norms.isfinite()).nonzero().flatten()
+    if len(wrong):
+        raise ValueError(f"images {(wrong[:8] + start).tolist()} of the bank are not finite.")
 
 
 def read_bank(path: Path, fingerprint: str | None = None) -> RowReader:
     """The tensors of a file that `write_bank` wrote, with this fingerprint where one is given.
 
     Raises:
-        ValueError: the file is damaged, is not a bank, or has another fingerprint.
+        ValueError: the file is damaged, is not a bank, contradicts itself, or has another fingerprint.
         OSError: it cannot be read.
     """
     stored = RowReader(path)
@@ -63,7 +77,41 @@ def read_bank(path: Path, fingerprint: str | None = None) -> RowReader:
             f"{path} was made of another data set or with other preprocessing (fingerprint {found!r}, expected "
             f"{fingerprint!r}). Delete it, or choose another path."
         )
+    try:
+        _check_columns(stored)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a reference bank, or is damaged: {error}. Delete it.") from error
     return stored
+
+
+def _check_columns(stored: RowReader) -> None:
+    """Raise ValueError unless the tensors of a bank fit each other.
+
+    Norms are compared with those of 16 images: reading all of a file that is larger than memory would take hours.
+    """
+    images = stored.rows("images")
+    if not images.shape or not images.shape.numel() or images.dtype == torch.int64:
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, expected (N, ...) pixels or floating point")
+    total = images.shape[0]
+    for name, dtype in (("norms", torch.float64), ("labels", torch.int64), ("order", torch.int64)):
+        if name in stored.names:
+            rows = stored.rows(name)
+            if rows.dtype != dtype or rows.shape != (total,):
+                raise ValueError(f"{name} are {rows.dtype} {tuple(rows.shape)}, expected {dtype} ({total},)")
+    norms = stored.mapped("norms")
+    wrong = (~norms.isfinite()).nonzero().flatten()
+    if len(wrong):
+        raise ValueError(f"norms of images {wrong[:8].tolist()} are not finite")
+    for row in torch.linspace(0, total - 1, min(total, 16)).long().tolist():
+        expected = reference_norms(images[row : row + 1])[0]
+        if not torch.isclose(norms[row], expected, rtol=1e-9, atol=0):
+            raise ValueError(f"norm {row} is not that of the image")
+    if "labels" in stored.names:
+        labels = stored.mapped("labels")
+        if labels[0] < 0 or bool((labels.diff() < 0).any()):
+            raise ValueError("its labels are not sorted classes from 0 on")
+    if "order" in stored.names and not torch.equal(stored.mapped("order").sort().values, torch.arange(total)):
+        raise ValueError("its order is no permutation of the images")
 
 
 def compare_bank(path: Path, images: DatasetImages, fingerprint: str, quiet: bool) -> None:

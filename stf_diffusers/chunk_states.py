@@ -176,7 +176,7 @@ class Queries:
         logits = torch.full_like(logits, -torch.inf).index_put_((row, column), values)
         maximum = logits.amax(1)
         weights = (logits - maximum[:, None]).exp_()
-        total = torch.zeros(len(rows), images.shape[1], dtype=torch.float64)
+        total = chosen.new_zeros(len(rows), images.shape[1])
         total.index_add_(0, row, chosen.mul_(weights[row, column][:, None]))
         return PosteriorState(maximum, weights.sum(1), weights.square().sum(1), total)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class TargetVariance:
         Raises:
             ValueError: an unknown prediction type.
         """
-        alpha, sigma = (torch.tensor([value], dtype=torch.float64) for value in (self.alpha, self.sigma))
+        alpha, sigma = (torch.tensor([value], dtype=torch.float64, device="cpu") for value in (self.alpha, self.sigma))
         a, b = prediction_coefficients(prediction_type, alpha, sigma)
         return float((a - b * alpha / sigma) ** 2)
 
@@ -128,11 +128,14 @@ def target_variance(
         One `TargetVariance` for each time, in order.
 
     Raises:
-        TypeError: images or labels of a dtype that is not theirs.
+        TypeError: images or labels that are no tensors or of a dtype that is not theirs; numbers that are not whole.
         ValueError: no images or images that are not finite; labels that do not fit, or labels beside a bank; a bank that is
             sharded or closed under flips; sizes, times or `num_samples` out of range.
     """
     bank = _bank_to_measure(data, labels)
+    for name, value in (("num_samples", num_samples), *(("reference_batch_sizes", n) for n in reference_batch_sizes)):
+        if not isinstance(value, SupportsIndex):
+            raise TypeError(f"{name} must be whole numbers; got {value!r}.")
     sizes = sorted(set(reference_batch_sizes))
     if sizes and not 1 <= sizes[0] <= sizes[-1] <= len(bank):
         raise ValueError(f"reference_batch_sizes must lie in [1, {len(bank)}], the number of images; got {sizes}.")

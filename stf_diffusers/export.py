@@ -241,7 +241,16 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
                 "(--model_config examples/configs/dit_latents.json), or leave the classes out."
             )
         return LDMPipeline
-    return ConsistencyModelPipeline if conditional or process.scheduler_family == "edm" else DDPMPipeline
+    if not conditional and process.scheduler_family != "edm":
+        return DDPMPipeline
+    if not isinstance(network.config["sample_size"], int):
+        height, width = network.config["sample_size"]
+        raise ValueError(
+            f"the images are {height}x{width}. Diffusers samples EDM networks, and networks with classes, by "
+            "ConsistencyModelPipeline, which makes square images alone. Pass --noise_process vp, ve or flow without classes, or "
+            "one side as --resolution."
+        )
+    return ConsistencyModelPipeline
 
 
 def diffusers_pipeline(

@@ -45,5 +45,5 @@ def cpu_multiplies_int8() -> bool:
     """Whether this CPU's int8 products are fast (VNNI instructions) and exact: 8-bit sums saturate on some older ones."""
     if not torch.cpu._is_vnni_supported():
         return False
-    left, right = torch.full((4, 4096), -128, dtype=torch.int8), torch.full((4096, 4), -128, dtype=torch.int8)
+    left, right = (torch.full(shape, -128, dtype=torch.int8, device="cpu") for shape in ((4, 4096), (4096, 4)))
     return bool((torch._int_mm(left, right) == 4096 * 2**14).all())

@@ -95,7 +95,7 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 class KernelDistance(NamedTuple):
-    """Squared kernel distance, and its standard error over the subsets."""
+    """Squared kernel distance, and its standard error: over fresh sets of both sides, and the draw of the subsets."""
 
     value: float
     standard_error: float
@@ -112,8 +112,11 @@ def kernel_distance(
     """Unbiased squared maximum mean discrepancy with the kernel ``(x.y / d + 1)^3`` (Bińkowski et al. 2018, arXiv
     1801.01401): on Inception features, KID. A mean over random subsets; it can be negative.
 
+    Its variance is that of the estimate on all features, plus what the draw of the subsets adds, which alone falls with
+    their number. (The spread over subsets divided by the root of their number, often given as the error, is the latter.)
+
     Args:
-        left, right: (n, d) and (m, d) features.
+        left, right: (n, d) and (m, d) features, at least 4 each.
         subset_size: of each subset, at most n and m.
         num_subsets: at least 2.
         generator: of the subsets.
@@ -121,25 +124,51 @@ def kernel_distance(
     Raises:
         TypeError, ValueError: features or numbers that do not fit.
     """
-    left, right = _features(left, "left"), _features(right, "right")
+    left, right = _features(left, "left", at_least=4), _features(right, "right", at_least=4)
     if left.shape[1] != right.shape[1]:
         raise ValueError(f"features of {left.shape[1]} and {right.shape[1]} dimensions cannot be compared.")
     size = min(subset_size, len(left), len(right))
-    if size < 2 or num_subsets < 2:
-        raise ValueError(f"subset_size and num_subsets must be at least 2; got {subset_size} and {num_subsets}.")
-    values = []
+    if size < 4 or num_subsets < 2:
+        raise ValueError(
+            f"subset_size must be at least 4 and num_subsets at least 2; got {subset_size} and {num_subsets}."
+        )
+    values, components = [], []
     for _ in range(num_subsets):
         x, y = (part[torch.randperm(len(part), generator=generator)[:size].to(part.device)] for part in (left, right))
-        within = sum(
-            (kernel.sum() - kernel.diagonal().sum()) / (size * (size - 1)) for kernel in (_cubic(x, x), _cubic(y, y))
-        )
-        values.append(within - 2 * _cubic(x, y).mean())
+        kernels = _cubic(x, x), _cubic(y, y), _cubic(x, y)
+        within = sum((kernel.sum() - kernel.diagonal().sum()) / (size * (size - 1)) for kernel in kernels[:2])
+        values.append(within - 2 * kernels[2].mean())
+        components.append(_variance_components(*kernels))
     distances = torch.stack(values)
-    return KernelDistance(float(distances.mean()), float(distances.std() / num_subsets**0.5))
+    first_x, first_y, second_x, second_y, crossed = torch.stack(components).mean(0)
+    n, m = len(left), len(right)
+    # The exact variance of this two-sample U-statistic: the terms of its Hoeffding decomposition are uncorrelated.
+    variance = 4 * first_x.clamp(min=0) / n + 4 * first_y.clamp(min=0) / m
+    variance += 2 * second_x / (n * (n - 1)) + 2 * second_y / (m * (m - 1)) + 4 * crossed / (n * m)
+    variance += distances.var() / num_subsets
+    return KernelDistance(float(distances.mean()), float(variance.sqrt()))
 
 
 def _cubic(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _variance_components(xx: Tensor, yy: Tensor, xy: Tensor) -> Tensor:
+    """(5,), unbiased, of kernels (s, s): the variance of the witness function at x and at y, and the mean squares of the
+    centred kernels of two x, of two y, and of x with y.
+    """
+    size = len(xx)
+    crossed = (xy - xy.mean(0) - xy.mean(1, keepdim=True) + xy.mean()).square().sum() / (size - 1) ** 2
+    first, second = [], []
+    for within, across in ((xx, xy), (yy, xy.T)):
+        others = within - within.diagonal().diag()
+        sums = others.sum(1) / (size - 2)
+        # U-centring (Székely & Rizzo 2014): without the diagonal, sums over rows are of s - 1 terms, and s - 2 unbias.
+        centred = others - sums - sums[:, None] + sums.sum() / (size - 1)
+        square = (centred.square().sum() - centred.diagonal().square().sum()) / (size * (size - 3))
+        second.append(square)
+        first.append((sums - across.mean(1)).var() - square / (size - 2) - crossed / size)
+    return torch.stack([*first, *second, crossed])
 
 
 class PrecisionRecall(NamedTuple):
@@ -169,24 +198,45 @@ def precision_recall(samples: Tensor, data: Tensor, *, neighbors: int = 3, chunk
     if not 1 <= neighbors < min(len(samples), len(data)):
         raise ValueError(f"neighbors must be at least 1 and below {min(len(samples), len(data))}; got {neighbors}.")
 
-    centre = data.mean(0)
+    # Not the mean, which one outlier moves, and with it what products lose of the distances between all others.
+    centre = data.median(0).values
     samples, data = samples - centre, data - centre
-    # What products lose of squared distances: equal points stay within each other's reach.
-    tolerance = 1e-13 * max(samples.square().sum(1).max(), data.square().sum(1).max())
-
-    def share_within(points: Tensor, members: Tensor) -> float:
-        # The nearest of all is the member itself.
-        radii = torch.cat(
-            [_squared_distances(part, members).kthvalue(neighbors + 1, 1).values for part in members.split(chunk_size)]
-        )
-        inside = [(_squared_distances(part, members) <= radii + tolerance).any(1) for part in points.split(chunk_size)]
-        return float(torch.cat(inside).double().mean())
-
-    return PrecisionRecall(share_within(samples, data), share_within(data, samples))
+    return PrecisionRecall(
+        _share_within(samples, data, neighbors, chunk_size), _share_within(data, samples, neighbors, chunk_size)
+    )
 
 
-def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    return (-2 * x @ y.T).add_(x.square().sum(1)[:, None]).add_(y.square().sum(1))
+def _share_within(points: Tensor, members: Tensor, neighbors: int, chunk_size: int) -> float:
+    """The share of the points that lie among the members: by products, and where their error could decide by differences."""
+
+    def exact(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def bounds(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Between which the squared distances of x to the members lie."""
+        norms = x.square().sum(1)[:, None] + members.square().sum(1)
+        distances = (-2 * x @ members.T).add_(norms)
+        return distances - 1e-13 * norms, distances + 1e-13 * norms
+
+    # The nearest of all is the member itself.
+    radii = [
+        torch.stack([bound.kthvalue(neighbors + 1, 1).values for bound in bounds(part)])
+        for part in members.split(chunk_size)
+    ]
+    least, most = torch.cat(radii, 1)
+    inside = []
+    for part in points.split(chunk_size):
+        below, above = bounds(part)
+        within = (above <= least).any(1)
+        open_pairs = ~(below > most) & ~within[:, None]
+        for row in open_pairs.any(1).nonzero().flatten():
+            reach = members[open_pairs[row]]
+            exact_radii = torch.cat(
+                [exact(some, members).kthvalue(neighbors + 1, 1).values for some in reach.split(chunk_size)]
+            )
+            within[row] = (exact(part[row : row + 1], reach)[0] <= exact_radii).any()
+        inside.append(within)
+    return float(torch.cat(inside).double().mean())
 
 
 class NearestNeighbors(NamedTuple):

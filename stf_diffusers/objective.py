@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .noise import NoiseProcess, expand_as_rows
-from .posterior import PosteriorMean, full_precision, pixels_to_float
+from .posterior import PosteriorMean, check_tensor, full_precision, pixels_to_float
 from .prediction import prediction_coefficients
 from .reference_bank import ReferenceBank
-from .reference_set import ReferenceBatch, ReferenceSet
+from .reference_set import ReferenceBatch, ReferenceSet, check_integers
 from .scheduler_process import SchedulerProcess
 
 
@@ -130,7 +130,7 @@ class STFTrainingObjective:
         Raises:
             ValueError: references without their sources, shapes or labels that do not fit; `num_unconditional` without
                 labels, with a bank, or not in [B, n].
-            TypeError: dtypes that are not images' or labels', or a `num_unconditional` that is no integer.
+            TypeError: no tensors, dtypes that are not images' or labels', or a `num_unconditional` that is no integer.
         """
         x0 = self._as_compute(clean)
         if t is None:
@@ -179,6 +179,8 @@ class STFTrainingObjective:
         Raises:
             ValueError: the shapes differ (mean squared error would broadcast them).
         """
+        if not isinstance(output, Tensor):
+            raise TypeError(f"output must be a tensor; got {type(output).__name__}. Pass the network's `.sample`.")
         if output.shape != batch.target.shape:
             raise ValueError(
                 f"the network returned {tuple(output.shape)} for a target of {tuple(batch.target.shape)}. Pass its "
@@ -204,6 +206,8 @@ class STFTrainingObjective:
         labels: Tensor | None,
         source_index: Tensor | None,
     ) -> PerturbedBatch:
+        check_tensor("noise", noise, f"of shape {tuple(x0.shape)}")
+        check_tensor("times", t, f"({len(x0)},)")
         if noise.shape != x0.shape:
             raise ValueError(f"noise must have the images' shape {tuple(x0.shape)}; got {tuple(noise.shape)}.")
         if t.shape != x0.shape[:1]:
@@ -268,6 +272,9 @@ class STFTrainingObjective:
         compared at each call on the CPU; elsewhere at the first call and when shapes change, since comparing waits for
         the device.
         """
+        for name, values in (("labels", labels), ("source_index", source_index)):
+            if values is not None:
+                check_integers(name, values, len(x0))
         if reference is None:
             return None
         if isinstance(reference, Tensor):

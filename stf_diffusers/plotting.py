@@ -1,4 +1,7 @@
-"""Figures of what `target_variance` found, one function each. They need matplotlib: ``pip install matplotlib``."""
+"""Figures of what `target_variance` and a training's log found, one function each.
+
+They need matplotlib: ``pip install matplotlib``.
+"""
 
 from __future__ import annotations
 
@@ -145,6 +148,48 @@ def _levels(rows: Sequence[TargetVariance]) -> list[float]:
     if len(levels) < 2 or any(later <= before for before, later in pairwise(levels)):
         raise ValueError(f"a figure needs two or more noise levels in ascending order; got {levels}.")
     return levels
+
+
+def plot_training_levels(
+    noise_level: Sequence[float],
+    loss: Sequence[float],
+    effective_sample_size: Sequence[float],
+    variance_removed: Sequence[float],
+    rows: Sequence[float],
+) -> Figure:
+    """Loss of a training and what references took from its targets' variance, against the noise level.
+
+    Args:
+        noise_level: (K,) sigma / alpha, ascending.
+        loss: (K,) mean of the loss there.
+        effective_sample_size: (K,) mean number of likely sources.
+        variance_removed: (K,) V_DSM - V_STF, per dimension of x0.
+        rows: (K,) number of images that were trained there; shown as bars behind the loss.
+
+    Returns:
+        A figure that belongs to no window.
+
+    Raises:
+        ValueError: no noise levels.
+    """
+    if not len(noise_level):
+        raise ValueError("there are no noise levels to draw: the log has seen no image.")
+    figure, (top, bottom) = _figure(2)
+    behind = top.twinx()
+    widths = [0.2 * level for level in noise_level]
+    behind.bar(noise_level, rows, width=widths, color="0.88")
+    behind.set(yticks=[], zorder=0)
+    top.set(zorder=1, facecolor="none", ylabel="loss")
+    top.plot(noise_level, loss, color="black", marker=".", label="loss (bars: images drawn)")
+    top.legend(frameon=False)
+    bottom.plot(noise_level, variance_removed, color="tab:blue", marker=".", label="variance removed, V_DSM − V_STF")
+    bottom.set_ylabel("per dimension of x0")
+    sizes = bottom.twinx()
+    sizes.plot(noise_level, effective_sample_size, color="tab:orange", linestyle="--", label="effective references")
+    sizes.set(yscale="log", ylabel="effective references")
+    handles = [line for axis in (bottom, sizes) for line in axis.get_lines()]
+    bottom.legend(handles=handles, labels=[str(line.get_label()) for line in handles], frameon=False)
+    return figure
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:

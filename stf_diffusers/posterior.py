@@ -51,6 +51,24 @@ def take_rows(reference: ReferenceRows, rows: Tensor) -> Tensor:
     return torch.cat([reference[slice(row, row + 1)] for row in rows.tolist()])
 
 
+def check_tensor(name: str, value: Any, shape: str) -> None:
+    """Raise TypeError unless a value is a tensor, which is to have the shape that the message says."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor {shape}; got {type(value).__name__}. Pass torch.as_tensor(...) of it."
+        )
+
+
+def check_batch(name: str, images: Any, shape: str) -> None:
+    """Raise TypeError or ValueError unless the images are a tensor (B, ...)."""
+    check_tensor(name, images, shape)
+    if images.ndim < 2:
+        raise ValueError(
+            f"{name} must be {shape} with at least 2 dimensions; got {tuple(images.shape)}. Pass {name}[:, None] for "
+            "images of one value."
+        )
+
+
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Autocast off and float32 matrix products in IEEE float32, whatever the caller's settings, which come back after.
@@ -160,6 +178,10 @@ def posterior_state(
             images = reference[chunk].to(noisy.device, non_blocking=True).flatten(1)
             images = levels_or_floats(images)
             known = squared_norms(images) if norms is None else norms[chunk].to(noisy.device)
+            if norms is None and images.dtype != torch.int8:
+                # NaN for the rows that use such a reference, and nothing for the others: 0 times infinity is NaN too.
+                unusable = ~known.isfinite()
+                images, known = images.masked_fill(unusable[:, None], 0), known.masked_fill(unusable, torch.nan)
             images = queries.exact(images)
             logits = queries.logits(images, known)
             if mask is not None:
@@ -227,19 +249,21 @@ def posterior_mean(
 
     Returns:
         mean (B, ...) in float32 (float64 when `noisy` and `reference` both are), and effective_sample_size (B,),
-        between 1 and n.
+        between 1 and n. Rows that may use a reference that is not finite are NaN.
 
     Raises:
-        TypeError: a dtype that is neither floating point nor (for `reference`) uint8, or a mask that is not bool, or
+        TypeError: no tensor, or a dtype that is neither floating point nor (for `reference`) uint8, or a mask that is not bool, or
             "int8" for references that are not uint8.
         ValueError: shapes that do not fit, an empty reference set, or, on the CPU, a sigma that is not positive or a
             row whose mask leaves nothing (elsewhere those rows are NaN: checking would wait for the device).
     """
+    check_batch("noisy", noisy, "(B, ...)")
+    check_tensor("reference", reference, "(n, ...)")
     if not noisy.is_floating_point():
         raise TypeError(
             f"noisy must be floating point; got {noisy.dtype}. Scale images to [-1, 1] before adding noise."
         )
-    if reference.ndim == 0 or noisy.ndim == 0 or reference.shape[1:] != noisy.shape[1:]:
+    if reference.ndim == 0 or reference.shape[1:] != noisy.shape[1:]:
         raise ValueError(
             f"noisy (B, ...) and reference (n, ...) must agree after the first dimension; got {tuple(noisy.shape)} and "
             f"{tuple(reference.shape)}. Crop or resize the references as the sources were."
@@ -251,6 +275,7 @@ def posterior_mean(
             "give the DSM target."
         )
     if mask is not None:
+        check_tensor("mask", mask, "(B, n)")
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool; got {mask.dtype}. Compare to make one, for instance `weights > 0`.")
         if mask.shape != (noisy.shape[0], n):

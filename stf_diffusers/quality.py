@@ -19,7 +19,8 @@ class SampleQuality:
 
     Attributes:
         frechet_distance: squared Fréchet distance of normal distributions; FID, on Inception's features.
-        kernel_distance: squared kernel distance with its standard error; KID, on Inception's features.
+        kernel_distance: squared kernel distance with its standard error, over fresh samples and data; KID, on Inception's
+            features.
         precision: share of samples among the data, with 3 neighbours; as many of the data as samples, or all.
         recall: share of data among the samples, likewise.
         num_samples: how many samples.

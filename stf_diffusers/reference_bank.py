@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .bank_file import compare_bank, parts, read_bank, write_bank
+from .bank_file import check_finite, compare_bank, parts, read_bank, write_bank
 from .dataset_images import DatasetImages, pil_to_pixels
 from .posterior import (
     PosteriorMean,
     PosteriorState,
     ReferenceRows,
+    check_batch,
     coefficient_rows,
     pixels_to_float,
     posterior_state,
@@ -42,7 +43,7 @@ class ReferenceBank(ReferenceSet):
     images as they are stored, and 8 bytes for each; posterior means take chunks of them at a time.
 
     Args:
-        images: (N, ...) uint8 pixels (read as x / 127.5 - 1), or floating point in the data's range.
+        images: (N, ...) uint8 pixels (read as x / 127.5 - 1), or floating point in the data's range; copied.
         labels: (N,) integer classes, for posteriors within a class. The rows are kept sorted by class, so that other
             classes are not touched.
         device: where the images are kept. None: where they are. Chunks are moved to the noisy images' device.
@@ -75,6 +76,7 @@ class ReferenceBank(ReferenceSet):
         process_shard: tuple[int, int] | None = None,
         pin_memory: bool = False,
     ) -> None:
+        check_batch("images", images, "(N, ...)")
         dtype = images.dtype if dtype is None else dtype
         pixels_to_float(images[:0])
         pixels_to_float(torch.empty(0, dtype=dtype))
@@ -85,19 +87,19 @@ class ReferenceBank(ReferenceSet):
         order = None
         if labels is not None:
             labels = checked_labels(labels, len(images))
-            if bool((labels.diff() < 0).any()):
-                labels, order = labels.sort(stable=True)
+            labels, places = labels.sort(stable=True)  # a new tensor: the caller's may change
+            order = places if bool((places.diff() < 0).any()) else None
         rows = shard_rows(len(images), process_shard)
         selected = images[rows.start : rows.stop] if order is None else images[order[rows.start : rows.stop]]
         if dtype != images.dtype:
             selected = pixels_to_float(selected).to(dtype)
         selected = selected.to(device or images.device).contiguous()
+        if selected.untyped_storage().data_ptr() == images.untyped_storage().data_ptr():
+            selected = selected.clone()  # the norms are of these values, whatever the caller does with theirs
         if pin_memory:
             selected = selected.pin_memory()
         norms = torch.cat([reference_norms(selected[part]) for part in parts(selected)])
-        wrong = (~norms.isfinite()).nonzero().flatten()
-        if len(wrong):
-            raise ValueError(f"images {wrong.tolist()[:8]} of the bank are not finite.")
+        check_finite(norms, rows.start)
         self._attach(selected, len(images), norms, labels, order, augmentation, process_shard)
 
     def _attach(
@@ -326,7 +328,7 @@ class ReferenceBank(ReferenceSet):
             fingerprint: the one expected. None: not compared.
 
         Raises:
-            ValueError: the file is not a bank, or was made of other data or with other preprocessing.
+            ValueError: the file is not a bank, is damaged, or was made of other data or with other preprocessing.
             OSError: it cannot be read.
         """
         stored = read_bank(Path(path), fingerprint)

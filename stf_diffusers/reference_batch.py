@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class ReferenceBatchSampler(Sampler[list[int]]):
     Raises:
         ValueError: unless 1 <= B <= n <= N (with shared references, B times the processes instead of B) and at least
             one batch per process can be filled; labels that do not fit, or together with shared references.
-        TypeError: labels that are not an integer tensor.
+        TypeError: numbers that are not integers, or labels that are not an integer tensor.
     """
 
     def __init__(
@@ -68,6 +68,11 @@ class ReferenceBatchSampler(Sampler[list[int]]):
         share_references: bool = False,
         labels: Tensor | None = None,
     ) -> None:
+        for name, value in (
+            ("num_examples", num_examples), ("batch_size", batch_size), ("reference_batch_size", reference_batch_size)
+        ):  # fmt: skip
+            if not isinstance(value, SupportsIndex):
+                raise TypeError(f"{name} must be an integer; got {value!r}.")
         if share_references and not num_processes * batch_size <= reference_batch_size:
             raise ValueError(
                 f"shared references hold the sources of all processes, so num_processes * batch_size = "
@@ -137,8 +142,8 @@ class ReferenceBatchSampler(Sampler[list[int]]):
         epoch, start = self.epoch, self.start
         # The next iteration is the next epoch, also for a loop that never calls set_epoch.
         self.set_epoch(epoch + 1, start=0)
-        generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{epoch}").getrandbits(63))
-        order = torch.randperm(self.num_examples, generator=generator).tolist()
+        generator = torch.Generator("cpu").manual_seed(random.Random(f"{self.seed}/{epoch}").getrandbits(63))
+        order = torch.randperm(self.num_examples, generator=generator, device="cpu").tolist()
         for batch in range(start, len(self)):
             index = batch * self.num_processes + self.process_index
             sources = order[index * self.num_sources : (index + 1) * self.num_sources]
@@ -152,7 +157,7 @@ class ReferenceBatchSampler(Sampler[list[int]]):
 
     def _others(self, sources: list[int], draw: random.Random) -> list[int]:
         """The distinct indices to draw outside `sources`, the uniform ones first, in random order."""
-        taken = torch.tensor(sources)
+        taken = torch.tensor(sources, device="cpu")
         uniform = _outside(taken, self.num_examples, self._num_uniform, draw)
         if self._classes is None:
             return uniform.tolist()
@@ -187,7 +192,7 @@ class _Classes:
         # Of each image, its place among those of its class.
         self.place = torch.empty_like(self.of_image)
         for images in self.images:
-            self.place[images] = torch.arange(len(images))
+            self.place[images] = torch.arange(len(images), device="cpu")
 
     def draw(self, taken: Tensor, num_sources: int, count: int, draw: random.Random) -> Tensor:
         """At most `count` images outside `taken`, of the classes of its first `num_sources`, shared out evenly."""
@@ -207,9 +212,9 @@ class _Classes:
 
 def _outside(taken: Tensor, size: int, count: int, draw: random.Random) -> Tensor:
     """`count` distinct integers below `size` that are not in `taken`, uniformly drawn and in random order."""
-    rank = torch.tensor(draw.sample(range(size - len(taken)), count), dtype=torch.int64)
+    rank = torch.tensor(draw.sample(range(size - len(taken)), count), dtype=torch.int64, device="cpu")
     # The r-th integer outside lies as many places further as there are taken ones before it.
-    gaps = taken.sort().values - torch.arange(len(taken))
+    gaps = taken.sort().values - torch.arange(len(taken), device="cpu")
     return rank + torch.searchsorted(gaps, rank, right=True)
 
 
@@ -232,8 +237,9 @@ class ReferenceBatchCollator:
     under that name, beside the labels, to be passed to `STFTrainingObjective.perturb` with them.
 
     Raises:
-        ValueError: fewer than B examples, a missing column, or images of different shapes.
-        TypeError: images that are not tensors or arrays (PIL images, for instance).
+        ValueError: fewer than B examples, a column that is missing in some or all of them, images of different shapes, or
+            another number of labels than of images.
+        TypeError: images that are not tensors or arrays (PIL images, for instance), labels that are not integers.
     """
 
     def __init__(
@@ -243,6 +249,8 @@ class ReferenceBatchCollator:
         label_key: str = "label",
         num_unconditional: int | None = None,
     ) -> None:
+        if not isinstance(batch_size, SupportsIndex):
+            raise TypeError(f"batch_size must be an integer; got {batch_size!r}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
         if num_unconditional is not None and num_unconditional < batch_size:
@@ -256,17 +264,17 @@ class ReferenceBatchCollator:
         self.label_key = label_key
 
     def __call__(self, examples: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> dict[str, Any]:
-        columns: Mapping[str, Any] = (
-            examples
-            if isinstance(examples, Mapping)
-            else {key: [example[key] for example in examples] for key in (examples[0] if examples else ())}
-        )
+        columns = examples if isinstance(examples, Mapping) else self._columns(examples)
         if self.image_key not in columns:
             raise ValueError(
                 f"the examples have no column {self.image_key!r}; they have {sorted(columns)}. Pass image_key=, or, for "
                 "a `datasets` data set in Trainer-like code, remove_unused_columns=False."
             )
         references = _stack(columns[self.image_key], self.image_key)
+        if references.ndim < 2:
+            raise ValueError(
+                f"images in {self.image_key!r} must be arrays, (C, H, W) or of another shape; got single numbers."
+            )
         if len(references) < self.batch_size:
             raise ValueError(
                 f"a reference batch needs at least batch_size = {self.batch_size} examples; got {len(references)}. "
@@ -274,30 +282,63 @@ class ReferenceBatchCollator:
             )
         batch: dict[str, Any] = {"images": references[: self.batch_size], "reference_images": references}
         if self.label_key in columns:
-            try:
-                labels = torch.as_tensor(columns[self.label_key])
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise TypeError(
-                    f"labels in {self.label_key!r} must be one integer per example: {error}. Leave out examples without "
-                    "a label, or pass label_key= to name another column."
-                ) from error
-            if labels.is_floating_point() or labels.ndim != 1:
-                raise TypeError(
-                    f"labels in {self.label_key!r} must be one integer per example; got {labels.dtype} of shape "
-                    f"{tuple(labels.shape)}. Pass label_key= to name another column."
-                )
-            labels = labels.to(torch.int64)
+            labels = self._labels(columns[self.label_key], len(references))
             batch |= {"labels": labels[: self.batch_size], "reference_labels": labels}
             if self.num_unconditional is not None:
                 batch["num_unconditional"] = self.num_unconditional
         return batch
+
+    def _columns(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+        """The two columns that are read, of those that some example has."""
+        wrong = next((example for example in examples if not isinstance(example, Mapping)), None)
+        if wrong is not None:
+            raise TypeError(
+                f"examples must be mappings such as {{{self.image_key!r}: image}}; got {type(wrong).__name__}. Let the "
+                "data set return dicts, or pass a collate_fn that makes them."
+            )
+        names = {name for example in examples for name in example}
+        columns: dict[str, list[Any]] = {name: [] for name in names}
+        for key in (name for name in (self.image_key, self.label_key) if name in names):
+            missing = [place for place, example in enumerate(examples) if key not in example]
+            if missing:
+                raise ValueError(
+                    f"{len(missing)} of {len(examples)} examples have no column {key!r}, the first of them number "
+                    f"{missing[0]}. Leave those out of the data set, or fill them in."
+                )
+            columns[key] = [example[key] for example in examples]
+        return columns
+
+    def _labels(self, column: Any, count: int) -> Tensor:
+        """The labels of that many examples, (n,) int64."""
+        try:
+            labels = _as_tensor(column)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"labels in {self.label_key!r} must be one integer per example: {error}. Leave out examples without "
+                "a label, or pass label_key= to name another column."
+            ) from error
+        if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1:
+            raise TypeError(
+                f"labels in {self.label_key!r} must be one integer per example; got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}. Pass label_key= to name another column, or make class numbers of them."
+            )
+        if len(labels) != count:
+            raise ValueError(
+                f"got {len(labels)} labels in {self.label_key!r} for {count} images: each image needs one."
+            )
+        return labels.to(torch.int64)
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """A tensor where it is, anything else on the CPU: a default device is not where data are read."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
 def _stack(images: Any, key: str) -> Tensor:
     if isinstance(images, Tensor):
         return images
     try:
-        tensors = [torch.as_tensor(image) for image in images]
+        tensors = [_as_tensor(image) for image in images]
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"images in {key!r} must be tensors or arrays; got {type(images[0]).__name__}. Convert them in the data "

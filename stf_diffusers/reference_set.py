@@ -13,7 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .posterior import PosteriorMean, PosteriorState, coefficient_rows, pixels_to_float, posterior_mean, posterior_state
+from .posterior import (
+    PosteriorMean,
+    PosteriorState,
+    check_tensor,
+    coefficient_rows,
+    pixels_to_float,
+    posterior_mean,
+    posterior_state,
+)
 
 
 class ReferenceSet(ABC):
@@ -99,10 +107,8 @@ class ReferenceBatch(ReferenceSet):
             ("reference_labels", self.labels, n),
             ("source_index", source_index, batch_size),
         ):
-            if values is not None and values.shape != (length,):
-                raise ValueError(f"{name} must have shape ({length},); got {tuple(values.shape)}.")
-            if values is not None and (values.is_floating_point() or values.dtype == torch.bool):
-                raise TypeError(f"{name} must be integers; got {values.dtype}.")
+            if values is not None:
+                check_integers(name, values, length)
         if self.num_unconditional is None:
             return
         if not isinstance(self.num_unconditional, int):
@@ -159,6 +165,7 @@ class SharedReferences(ReferenceSet):
     """
 
     def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
+        check_tensor("images", images, "(n', ...)")
         self.images = images
         self.labels = None if labels is None else checked_labels(labels, len(images)).to(images.device)
 
@@ -189,7 +196,7 @@ class SharedReferences(ReferenceSet):
 
     def check_sources(self, clean: Tensor, source_index: Tensor | None, labels: Tensor | None) -> None:
         """Raise ValueError unless the first rows of the references are `clean`, under their labels."""
-        index = torch.arange(len(clean)) if source_index is None else source_index
+        index = torch.arange(len(clean), device=self.images.device) if source_index is None else source_index
         sources = pixels_to_float(self.images[index.to(self.images.device)]).to(clean.device)
         if not torch.allclose(sources, clean, rtol=1e-6, atol=1e-6):
             raise ValueError("the first references of this process must be its images, in order.")
@@ -275,8 +282,8 @@ def draw_subset(sources: Tensor, total: int, size: int, generator: torch.Generat
         raise ValueError("source_index has repeats: an image counted twice would bias the target.")
     if not len(sources) <= size <= total:
         raise ValueError(f"subset_size must lie in [{len(sources)}, {total}]; got {size}.")
-    rest = torch.ones(total, dtype=torch.bool).index_fill_(0, sources, False).nonzero().flatten()
-    others = rest[torch.randperm(len(rest), generator=generator)[: size - len(sources)]]
+    rest = torch.ones(total, dtype=torch.bool, device="cpu").index_fill_(0, sources, False).nonzero().flatten()
+    others = rest[torch.randperm(len(rest), generator=generator, device="cpu")[: size - len(sources)]]
     return torch.cat([sources, others])
 
 
@@ -296,12 +303,20 @@ def rows_of_classes(labels: Tensor, part: range) -> dict[int, range]:
     return found
 
 
+def check_integers(name: str, values: Tensor, length: int) -> None:
+    """Raise TypeError or ValueError unless `values` is a tensor of as many integers."""
+    check_tensor(name, values, f"({length},) of integers")
+    if values.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},), one for each image; got {tuple(values.shape)}.")
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(
+            f"{name} must be integers; got {values.dtype}. Pass class numbers, or positions, as torch.int64."
+        )
+
+
 def checked_labels(labels: Tensor, length: int, minimum: int = 0) -> Tensor:
     """Labels as int64 on the CPU."""
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers; got {labels.dtype}.")
-    if labels.shape != (length,):
-        raise ValueError(f"labels must have shape ({length},), one for each image; got {tuple(labels.shape)}.")
+    check_integers("labels", labels, length)
     labels = labels.to("cpu", torch.int64)
     if bool((labels < minimum).any()):
         raise ValueError(f"labels must be at least {minimum}; got {labels.min().item()}.")

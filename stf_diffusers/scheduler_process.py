@@ -23,14 +23,14 @@ class _TrainingTable(NamedTuple):
 def _training_table(scheduler: Any, fresh: Any) -> _TrainingTable | None:
     """What is told by the tables of `scheduler` and of a `fresh` copy; None for a scheduler of no family."""
     if hasattr(fresh, "alphas_cumprod") and fresh.init_noise_sigma == 1:
-        cumulative = torch.as_tensor(scheduler.alphas_cumprod).to("cpu", torch.float32)
+        cumulative = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32, device="cpu")
         # The scheduler's own expressions, so that alpha and sigma agree with its add_noise to the last bit.
-        timesteps = torch.arange(len(cumulative))
+        timesteps = torch.arange(len(cumulative), device="cpu")
         return _TrainingTable("alphas_cumprod", timesteps, cumulative**0.5, (1 - cumulative) ** 0.5)
     if getattr(fresh, "timesteps", None) is None or getattr(fresh, "sigmas", None) is None:
         return None
-    timesteps = torch.as_tensor(fresh.timesteps)
-    sigmas = torch.as_tensor(fresh.sigmas)[: len(timesteps)].to(torch.float32)
+    timesteps = torch.as_tensor(fresh.timesteps, device="cpu")
+    sigmas = torch.as_tensor(fresh.sigmas, device="cpu")[: len(timesteps)].to(torch.float32)
     if hasattr(fresh, "scale_noise"):
         return _TrainingTable("flow", timesteps, 1.0 - sigmas, sigmas)
     if hasattr(fresh, "precondition_outputs"):
@@ -66,7 +66,8 @@ class SchedulerProcess(NoiseProcess):
         if config is None or not hasattr(scheduler, "timesteps"):
             raise TypeError(f"SchedulerProcess needs a Diffusers scheduler; got {type(scheduler).__name__}.")
         # A fresh copy: set_timesteps() replaces the training tables by those of a sampling run.
-        fresh = type(scheduler).from_config(config)
+        with torch.device("cpu"):  # a default device is not where its tables are made
+            fresh = type(scheduler).from_config(config)
         self.scheduler, self.scheduler_name = fresh, type(scheduler).__name__
         self.interpolate = interpolate
         self.prediction_type = config.get("prediction_type", "epsilon")
@@ -94,7 +95,7 @@ class SchedulerProcess(NoiseProcess):
         if self.family == "flow":
             self.prediction_type = "flow_prediction"
         if self.family == "alphas_cumprod" and hasattr(fresh, "index_for_timestep"):
-            own = fresh.add_noise(torch.zeros(1), torch.ones(1), timesteps[-1:])
+            own = fresh.add_noise(torch.zeros(1, device="cpu"), torch.ones(1, device="cpu"), timesteps[-1:])
             self.add_noise_is_backward = not torch.allclose(own, sigmas[-1:])
         if self.family in ("alphas_cumprod", "sigmas"):
             prediction_coefficients(self.prediction_type, alphas, sigmas)  # an unknown type is an error here

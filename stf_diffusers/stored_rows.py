@@ -9,7 +9,7 @@ import json
 import math
 import mmap
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -65,9 +65,9 @@ class RowWriter:
 
     def __enter__(self) -> RowWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own: another process may be writing the same file.
-        descriptor, name = tempfile.mkstemp(prefix=".writing-", dir=self.path.parent)
-        self._aside, self._file = Path(name), open(descriptor, "wb")
+        # A name of its own: another process may be writing the same file. Not mkstemp, whose files others cannot read.
+        self._aside = self.path.parent / f".writing-{secrets.token_hex(8)}"
+        self._file = self._aside.open("xb")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -143,22 +143,27 @@ class RowReader:
         length = int.from_bytes(self._file.read(0, 8), "little") if self._file.size >= 8 else 0
         if not 0 < length <= min(_MAX_HEADER, self._file.size - 8):
             raise ValueError(f"{path} is not a safetensors file.")
-        end = 8 + length
-        self._rows: dict[str, FileRows] = {}
+        start = 8 + length
         try:
-            header = json.loads(self._file.read(8, length))
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            for name, entry in header.items():
-                dtype, shape = _DTYPE_OF[entry["dtype"]], torch.Size(entry["shape"])
-                begin, stop = (8 + length + offset for offset in entry["data_offsets"])
-                if stop - begin != shape.numel() * dtype.itemsize:
-                    raise ValueError(f"{name} has another size than its shape says")
-                self._rows[name] = FileRows(self._file, begin, shape, dtype)
-                end = max(end, stop)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            header = json.loads(self._file.read(8, length), object_pairs_hook=_once)
+            self.metadata = _metadata(header.pop("__metadata__", {}))
+            entries = {name: _entry(name, entry) for name, entry in header.items()}
+        # Of json, of entries that lack something, of what is no dictionary, and of sizes beyond all bounds.
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} is damaged: its header cannot be read ({error}). Delete it.") from error
-        if end != self._file.size:
+        end = 0
+        for name, (_, _, begin, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
+            if begin != end:
+                raise ValueError(
+                    f"{path} is damaged: {name!r} does not begin where the tensor before it ends. Delete it."
+                )
+            end = stop
+        if start + end != self._file.size:
             raise ValueError(f"{path} is damaged: its size is not what its header says. Delete it.")
+        self._rows = {
+            name: FileRows(self._file, start + begin, shape, dtype)
+            for name, (dtype, shape, begin, _) in entries.items()
+        }
         self.names = tuple(self._rows)
 
     def rows(self, name: str) -> FileRows:
@@ -168,6 +173,34 @@ class RowReader:
     def mapped(self, name: str) -> Tensor:
         """A whole tensor, of which the system reads the pages that are used. Writing to it does not reach the file."""
         return self._rows[name].mapped()
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON without repeated names, of which a dictionary keeps the last."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is there twice")
+        found[name] = value
+    return found
+
+
+def _metadata(values: Any) -> dict[str, str]:
+    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+        raise ValueError("its metadata are not strings by name")
+    return values
+
+
+def _entry(name: str, entry: Any) -> tuple[torch.dtype, torch.Size, int, int]:
+    """Dtype, shape, begin and end of a tensor in the header, which may say anything."""
+    sizes, offsets = entry["shape"], entry["data_offsets"]
+    for numbers in (sizes, offsets):
+        if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"{name!r} has sizes or offsets that are no counts: {numbers!r}")
+    dtype, (begin, end) = _DTYPE_OF[entry["dtype"]], offsets
+    if end - begin != math.prod(sizes) * dtype.itemsize:
+        raise ValueError(f"{name!r} has another size than its shape says")
+    return dtype, torch.Size(sizes), begin, end
 
 
 class FileRows:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from oracles import TABLE
 from stf_diffusers import (
@@ -9,6 +10,7 @@ from stf_diffusers import (
     VE,
     VP,
     FlowMatching,
+    NoiseProcess,
     SchedulerProcess,
 )
 
@@ -34,11 +36,13 @@ every_type = pytest.mark.parametrize("prediction_type", TYPES)
 four_processes = pytest.mark.parametrize("process", [EDM(), VE(), VP(), FlowMatching()], ids=lambda p: type(p).__name__)
 
 
-def seeded(seed):
+def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def coefficients(process, prediction_type, t):
+def coefficients(
+    process: NoiseProcess, prediction_type: str | None, t: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(alpha, sigma, a, b) in float64; the process's own row is tested in test_noise.py."""
     t = t.double()
     alpha, sigma = process.alpha(t).double(), process.sigma(t).double()

@@ -1,7 +1,9 @@
 """Banks in files, and banks of data sets."""
 
 import importlib
+import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from banks import SIGMA, SOURCES, exact, noised, pixels, small_dataset
 from stf_diffusers import ReferenceBank
 from stf_diffusers.dataset_images import pil_to_pixels
+from stf_diffusers.posterior import reference_norms
 
 # ---- files and data sets
 
@@ -110,6 +114,74 @@ def test_damaged_files(tmp_path):
     path.write_bytes(b"not a bank at all")
     with pytest.raises(ValueError, match="not a safetensors file"):
         ReferenceBank.open(path)
+
+
+def contents():
+    """The tensors of a bank of 30 images in 4 classes."""
+    labels, order = (torch.arange(30) % 4).sort(stable=True)
+    bank = ReferenceBank(pixels(), torch.arange(30) % 4)
+    return {"images": bank.images, "norms": reference_norms(bank.images), "labels": labels, "order": order}
+
+
+def changed(name, place, value):
+    def change(tensors):
+        tensors[name] = tensors[name].clone()
+        tensors[name][place] = value
+
+    return change
+
+
+CONTRADICTORY = {
+    "no norms": (lambda t: t.pop("norms"), r"lacks \['norms'\]"),
+    "no images": (lambda t: t.update(images=torch.zeros(0, 2, dtype=torch.uint8)), "images are torch.uint8 (0, 2)"),
+    "a number": (lambda t: t.update(images=torch.tensor(3, dtype=torch.uint8)), "images are torch.uint8 ()"),
+    "integers": (lambda t: t.update(images=t["images"].long()), "images are torch.int64"),
+    "images missing": (lambda t: t.update(images=t["images"][:-1].clone()), "norms are torch.float64 (30,), expected"),
+    "norms missing": (lambda t: t.update(norms=t["norms"][:-1].clone()), "norms are torch.float64 (29,), expected"),
+    "float32 norms": (lambda t: t.update(norms=t["norms"].float()), "norms are torch.float32 (30,), expected"),
+    "labels missing": (lambda t: t.update(labels=t["labels"][:-1].clone()), "labels are torch.int64 (29,), expected"),
+    "labels too many": (lambda t: t.update(labels=t["labels"].repeat(2)), "labels are torch.int64 (60,), expected"),
+    "float labels": (lambda t: t.update(labels=t["labels"].double()), "labels are torch.float64 (30,), expected"),
+    "order missing": (lambda t: t.update(order=t["order"][:-1].clone()), "order are torch.int64 (29,), expected"),
+    "unsorted labels": (lambda t: t.update(labels=t["labels"].flip(0)), "its labels are not sorted"),
+    "negative labels": (changed("labels", 0, -1), "its labels are not sorted"),
+    "order twice": (changed("order", 0, 7), "its order is no permutation"),
+    "order outside": (changed("order", 0, 30), "its order is no permutation"),
+    "labels for order": (lambda t: t.update(labels=t["order"], order=t["labels"]), "its labels are not sorted"),
+    "norms that are NaN": (changed("norms", 3, torch.nan), "norms of images [3] are not finite"),
+    "infinite norms": (changed("norms", 3, torch.inf), "norms of images [3] are not finite"),
+    "norms of other images": (lambda t: t.update(norms=t["norms"].roll(1)), "is not that of the image"),
+    "images of other norms": (lambda t: t.update(images=t["images"].roll(1, 0)), "is not that of the image"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTORY)
+def test_a_bank_that_contradicts_itself_is_refused(case, tmp_path):
+    change, message = CONTRADICTORY[case]
+    path, tensors = tmp_path / "bank.safetensors", contents()
+    save_file(tensors, path, {"fingerprint": "abc"})
+    ReferenceBank.open(path, fingerprint="abc").check_sources(exact(pixels())[SOURCES].float(), SOURCES, None)
+    change(tensors)
+    save_file(tensors, path, {"fingerprint": "abc"})
+    with pytest.raises(ValueError, match=message if case == "no norms" else re.escape(message)) as caught:
+        ReferenceBank.open(path)
+    assert str(path) in str(caught.value)
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    data = datasets.Dataset.from_dict({"image": [[0.0, 1.0], [0.0, float("nan")]]})
+    with pytest.raises(ValueError, match=r"images \[1\] of the bank are not finite"):
+        ReferenceBank.from_dataset(data, transform=torch.tensor, path=tmp_path / "bank.safetensors", quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shared_bank_can_be_read_by_others(tmp_path):
+    before = os.umask(0o022)
+    try:
+        ReferenceBank(pixels()).save(tmp_path / "bank.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "bank.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def crop(image):

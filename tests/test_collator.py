@@ -105,9 +105,25 @@ COLLATOR_ERRORS = {
         TypeError,
         "one integer per example: .*Leave out examples without a label, or pass label_key=",
     ),
+    "missing in some": (
+        lambda: rows_of(label=[0] * 6)[:2] + rows_of()[2:],
+        ValueError,
+        "4 of 6 examples have no column 'label', the first of them number 2. Leave those out",
+    ),
+    "missing in the first": (
+        lambda: rows_of()[:1] + rows_of(label=[0] * 6)[1:], ValueError, "1 of 6 examples have no column 'label'"
+    ),
+    "image missing": (lambda: [*rows_of(), {"label": 1}], ValueError, "1 of 7 examples have no column 'images'"),
+    "unequal numbers": (
+        lambda: {"images": IMAGES, "label": torch.arange(5)}, ValueError, "got 5 labels in 'label' for 6 images"
+    ),
+    "boolean labels": (lambda: rows_of(label=[True, False] * 3), TypeError, "got torch.bool.*make class numbers of them"),
+    "single numbers": (lambda: [{"images": 1.0}] * 4, ValueError, "must be arrays, .* got single numbers"),
+    "no mappings": (lambda: list(IMAGES), TypeError, "examples must be mappings .* got Tensor. Let the data set return"),
+    "tuples": (lambda: [(image, 1) for image in IMAGES], TypeError, "examples must be mappings .* got tuple"),
     "text labels": (lambda: rows_of(label=list("abcdef")), TypeError, "one integer per example: .*pass label_key="),
     "one-hot labels": (lambda: rows_of(label=[[0, 1]] * 6), TypeError, r"shape \(6, 2\). Pass label_key="),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", COLLATOR_ERRORS)
@@ -120,6 +136,8 @@ def test_collator_errors(case):
 def test_collator_batch_size():
     with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
         ReferenceBatchCollator(0)
+    with pytest.raises(TypeError, match=r"batch_size must be an integer; got 2\.0"):
+        ReferenceBatchCollator(2.0)
 
 
 def test_the_collator_hands_num_unconditional_on():

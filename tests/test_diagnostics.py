@@ -291,6 +291,20 @@ def test_wrong_arguments_say_what_to_do(arguments, message):
         target_variance(**{"process": EDM(), "data": DATA, "times": [1.0], **arguments})
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"data": DATA.tolist()}, "images must be a tensor"),
+        ({"labels": [0] * 12}, "labels must be a tensor"),
+        ({"num_samples": 4.0}, "num_samples must be whole numbers; got 4.0"),
+        ({"reference_batch_sizes": [2.5]}, "reference_batch_sizes must be whole numbers; got 2.5"),
+    ],
+)
+def test_wrong_types_say_what_to_do(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        target_variance(**{"process": EDM(), "data": DATA, "times": [1.0], **arguments})
+
+
 @pytest.mark.skipif(not CIFAR10.is_file(), reason="needs CIFAR-10 beside the repository")
 def test_cifar10_has_the_variances_that_were_measured_before():
     """An earlier measurement by other code, all 50,000 images: V_DSM, and V_STF at 1,024 to within its 1 to 5 %."""

@@ -43,7 +43,8 @@ TRAINING: list[set[str]] = [
         f"training.{name}"
         for name in ("data_set", "run_folder", "sources", "autoencoder", "noise_process", "conditioning")
     },
-    {f"training.{name}" for name in ("sampling", "training_log", "hub_upload", "stop_signal")},
+    {f"training.{name}" for name in ("sampling", "training_log", "hub_upload", "stop_signal", "command_line")},
+    {"training.presets.__init__"},
     {f"training.{name}" for name in ("image_data", "network", "references", "averages")},
     {f"training.{name}" for name in ("streaming", "latents", "checkpoints", "evaluation")},
 ]

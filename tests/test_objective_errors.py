@@ -80,6 +80,22 @@ ERRORS = {
         dict(reference=ReferenceBank(R, I12), labels=I4, num_unconditional=8),
         ValueError, "in a ReferenceBank, rows of label -1 use all. Leave it out"
     ),
+    "a list of labels": (dict(reference=R, labels=[0] * 4, reference_labels=I12), TypeError, "labels must be a tensor"),
+    "a list of reference labels": (
+        dict(reference=R, labels=I4, reference_labels=[0] * 12), TypeError, "reference_labels must be a tensor .* got list"
+    ),
+    "a list of labels for a bank": (dict(reference=ReferenceBank(R, I12), labels=[0] * 4), TypeError, "labels must be a tensor"),
+    "a list of positions": (dict(reference=R, source_index=[0] * 4), TypeError, "source_index must be a tensor"),
+    "a list of positions in a bank": (
+        dict(reference=ReferenceBank(R), source_index=[0] * 4), TypeError, "source_index must be a tensor .* got list"
+    ),
+    "boolean labels": (
+        dict(reference=R, labels=I4.bool(), reference_labels=I12), TypeError, "labels must be integers; got torch.bool"
+    ),
+    "labels of others without references": (dict(labels=I12), ValueError, r"labels must have shape \(4,\), one for each"),
+    "a list of times": (dict(t=[1.0] * 4), TypeError, r"times must be a tensor \(4,\); got list"),
+    "a number as time": (dict(t=1.0), TypeError, r"times must be a tensor \(4,\); got float"),
+    "a list of noise": (dict(noise=[0.0] * 4), TypeError, "noise must be a tensor of shape .* got list"),
     "noise shape": (dict(noise=normal(4, 1, 4, 4)), ValueError, r"noise must have the images' shape \(4, 3, 4, 4\)"),
     "one time": (dict(t=torch.tensor(1.0)), ValueError, r"one per image, shape \(4,\); got \(\)"),
     "times expanded": (dict(t=torch.ones(4, 1, 1, 1)), ValueError, r"one per image, shape \(4,\)"),
@@ -148,6 +164,13 @@ def test_loss_refuses_to_broadcast(shape):
     objective = STFTrainingObjective(EDM())
     with pytest.raises(ValueError, match=r"the network returned .* for a target of .*`.sample`.*out_channels"):
         objective.loss(torch.zeros(shape), objective.perturb(X))
+
+
+@pytest.mark.parametrize("output", [X.tolist(), {"sample": X}, (X,)], ids=lambda output: type(output).__name__)
+def test_loss_takes_a_tensor(output):
+    objective = STFTrainingObjective(EDM())
+    with pytest.raises(TypeError, match=r"output must be a tensor; got .*`\.sample`"):
+        objective.loss(output, objective.perturb(X))
 
 
 def test_constructor_errors():

@@ -151,15 +151,37 @@ def test_far_from_every_reference():
     assert result.mean.tolist() == [[1.0], [0.0]]
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("sigma", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("n", [8, 40])
+def test_a_reference_that_is_not_finite_matters_to_the_rows_that_use_it_alone(n, sigma, value):
+    reference = images(n, 3, 4, 4)
+    noisy, mask = reference[:4] + sigma * normal(4, 3, 4, 4), torch.ones(4, n, dtype=torch.bool)
+    mask[:2, -1] = False
+    expected = posterior_mean(noisy, reference[:-1], alpha=1.0, sigma=sigma).mean
+    reference[-1, 0, 0, 0] = value
+    found = posterior_mean(noisy, reference, alpha=1.0, sigma=sigma, mask=mask)
+    assert worst(found.mean[:2], expected[:2]) < 1e-5
+    assert found.mean[2:].isnan().all() and found.effective_sample_size[2:].isnan().all()
+
+
 # ---- errors, each with its remedy
 
 X, R = torch.zeros(4, 3, 2, 2), torch.zeros(6, 3, 2, 2)
 ERRORS = {
     "integer noisy": (dict(noisy=X.int()), TypeError, "noisy must be floating point.*Scale images"),
     "integer references": (dict(reference=R.int()), TypeError, r"uint8 pixels.*\.to\(torch.uint8\) or \.float\(\)"),
+    "a list": (dict(noisy=[[0.0]]), TypeError, r"noisy must be a tensor \(B, ...\); got list. Pass torch.as_tensor"),
+    "a list of references": (dict(reference=[[0.0]]), TypeError, "reference must be a tensor .* got list"),
+    "a list as the mask": (dict(mask=[[True] * 6] * 4), TypeError, "mask must be a tensor .* got list"),
+    "one dimension": (
+        dict(noisy=torch.zeros(4), reference=torch.zeros(6)),
+        ValueError,
+        r"at least 2 dimensions; got \(4,\).*\[:, None\]",
+    ),
     "other image shape": (dict(reference=R[:, :2]), ValueError, r"must agree.*\(6, 2, 2, 2\).*Crop or resize"),
     "other rank": (dict(reference=R.flatten(1)), ValueError, "must agree after the first dimension"),
-    "scalar": (dict(noisy=torch.tensor(1.0), reference=torch.tensor(1.0)), ValueError, "must agree after the first"),
+    "scalar": (dict(noisy=torch.tensor(1.0), reference=torch.tensor(1.0)), ValueError, "at least 2 dimensions"),
     "no references": (dict(reference=R[:0]), ValueError, "must not be empty; got 4 and 0 rows. The sources alone"),
     "no rows": (dict(noisy=X[:0]), ValueError, "must not be empty; got 0 and 6 rows"),
     "float mask": (dict(mask=torch.ones(4, 6)), TypeError, "mask must be bool; got torch.float32. Compare"),

@@ -24,6 +24,20 @@ def test_mean_over_all_images(dtype, flips):
     compare(bank.posterior_mean(noisy, 1.0, SIGMA, source_index=SOURCES), expected_mean(noisy, members))
 
 
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 0, 1, 1, 2, 2])])
+def test_the_images_are_the_banks_own(labels):
+    images, own = normal(6, 3), None if labels is None else labels.clone()
+    bank = ReferenceBank(images, own)
+    noisy, asked, index = images[:3] + normal(3, 3, seed=1), own, torch.arange(3)
+    more = {} if own is None else {"labels": labels[:3].clone()}
+    before = bank.posterior_mean(noisy, 1.0, 1.0, source_index=index, subset_size=6, **more)
+    images.zero_()
+    if asked is not None:
+        asked.zero_()
+    after = bank.posterior_mean(noisy, 1.0, 1.0, source_index=index, subset_size=6, **more)
+    assert torch.equal(before.mean, after.mean)
+
+
 def test_half_precision_of_float_images():
     images = exact(pixels()).float()
     bank = ReferenceBank(images, dtype=torch.float16)
@@ -219,6 +233,10 @@ def test_banks_of_other_ranges_and_close_neighbours_are_searched_right(dtype):
 
 WRONG = {
     "float images as uint8": (lambda: ReferenceBank(torch.zeros(2, 3), dtype=torch.uint8), TypeError, "rounded to uint8"),
+    "a list": (lambda: ReferenceBank([[0.0]]), TypeError, "images must be a tensor .* got list"),
+    "one dimension": (lambda: ReferenceBank(torch.zeros(3)), ValueError, r"at least 2 dimensions; got \(3,\)"),
+    "a list of labels": (lambda: ReferenceBank(torch.zeros(2, 3), [0, 1]), TypeError, "labels must be a tensor .* got list"),
+    "boolean labels": (lambda: ReferenceBank(torch.zeros(2, 3), torch.ones(2).bool()), TypeError, "got torch.bool"),
     "integers": (lambda: ReferenceBank(torch.zeros(2, 3, dtype=torch.int32)), TypeError, "got torch.int32"),
     "empty": (lambda: ReferenceBank(torch.zeros(0, 3)), ValueError, "at least one image"),
     "labels": (lambda: ReferenceBank(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64)), ValueError, "one for each"),

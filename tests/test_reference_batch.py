@@ -323,6 +323,12 @@ def test_sampler_label_types(labels, message):
         ReferenceBatchSampler(10, 2, 4, labels=labels)
 
 
+@pytest.mark.parametrize("arguments", [(10.0, 2, 4), (10, 2.0, 4), (10, 2, 4.0)])
+def test_sampler_takes_whole_numbers(arguments):
+    with pytest.raises(TypeError, match="must be an integer; got"):
+        ReferenceBatchSampler(*arguments)
+
+
 # ---- through torch and Accelerate
 
 

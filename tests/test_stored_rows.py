@@ -1,6 +1,7 @@
 """Files of rows: written in turns, read by rows or whole, by others too, and never half of one."""
 
 import json
+import os
 import pickle
 import zlib
 
@@ -139,6 +140,44 @@ def test_metadata_need_their_room(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def rewritten(change):
+    """Of a file's content: with another header, the tensors' bytes as they are."""
+
+    def damage(content):
+        length = int.from_bytes(content[:8], "little")
+        header = change(json.loads(content[8 : 8 + length]))
+        header = (header if isinstance(header, str) else json.dumps(header)).encode()
+        return len(header).to_bytes(8, "little") + header + content[8 + length :]
+
+    return damage
+
+
+def entry(**changes):
+    """`index` with some of its entry changed; None removes."""
+
+    def change(header):
+        header["index"] = {key: value for key, value in (header["index"] | changes).items() if value is not None}
+        return header
+
+    return rewritten(change)
+
+
+def shifted(header):
+    """Each tensor has the right size, and `std` begins a row into `mean`."""
+    begin, end = header["std"]["data_offsets"]
+    header["std"]["data_offsets"] = [begin - 24, end - 24]
+    return header
+
+
+def later(header):
+    header["index"]["data_offsets"] = [offset + 8 for offset in header["index"]["data_offsets"]]
+    return header
+
+
+def twice(header):
+    return json.dumps(header)[:-1] + ', "index": ' + json.dumps(header["index"]) + "}"
+
+
 DAMAGED = {
     "empty": (lambda content: b"", "not a safetensors file"),
     "other": (lambda content: b"not one at all", "not a safetensors file"),
@@ -147,6 +186,28 @@ DAMAGED = {
     "header": (lambda content: content.replace(b'"F32"', b'"Q32"'), "its header cannot be read"),
     "offsets": (lambda content: content.replace(b"[7, 2, 3]", b"[7, 2, 4]"), "another size than its shape says"),
     "json": (lambda content: content.replace(b"{", b"[", 1), "its header cannot be read"),
+    "overlapping": (rewritten(shifted), "'std' does not begin where the tensor before it ends"),
+    "a hole": (lambda content: rewritten(later)(content) + bytes(8), "'index' does not begin where"),
+    "negative offsets": (entry(data_offsets=[-56, 0]), "its header cannot be read"),
+    "fractional offsets": (entry(data_offsets=[336.0, 392.0]), "its header cannot be read"),
+    "three offsets": (entry(data_offsets=[336, 392, 392]), "its header cannot be read"),
+    "negative shape": (entry(shape=[-7, -1]), "its header cannot be read"),
+    "fractional shape": (entry(shape=[7.0]), "its header cannot be read"),
+    "boolean shape": (entry(shape=[7, True]), "its header cannot be read"),
+    "no array": (entry(shape=[], dtype="U8", data_offsets=[336, 337]), "its size is not what its header says"),
+    "huge shape": (entry(shape=[2**70, 2**70]), "its header cannot be read"),
+    "shape of words": (entry(shape="7"), "its header cannot be read"),
+    "no dtype": (entry(dtype=None), "its header cannot be read"),
+    "unhashable dtype": (entry(dtype=["I64"]), "its header cannot be read"),
+    "no shape": (entry(shape=None), "its header cannot be read"),
+    "no offsets": (entry(data_offsets=None), "its header cannot be read"),
+    "no entry": (rewritten(lambda header: header | {"index": 3}), "its header cannot be read"),
+    "names twice": (rewritten(twice), "'index' is there twice"),
+    "a list": (rewritten(lambda header: [header]), "its header cannot be read"),
+    "nested": (rewritten(lambda header: "[" * 100_000 + "]" * 100_000), "its header cannot be read"),
+    "metadata": (rewritten(lambda header: header | {"__metadata__": ["x"]}), "its metadata are not strings by name"),
+    "numbers in metadata": (rewritten(lambda header: header | {"__metadata__": {"x": 1}}), "are not strings by name"),
+    "no text": (lambda content: content.replace(b'"F32"', b'"\xff32"'), "its header cannot be read"),
 }
 
 
@@ -155,5 +216,24 @@ def test_damaged_files_are_refused(case, tmp_path):
     damage, message = DAMAGED[case]
     path = written(tmp_path / "rows.safetensors")
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         RowReader(path)
+    assert str(path) in str(caught.value)
+
+
+def test_tensors_may_lie_in_another_order_than_their_names(tmp_path):
+    path = written(tmp_path / "rows.safetensors")
+    reverse = rewritten(lambda header: dict(reversed(header.items())))
+    path.write_bytes(reverse(path.read_bytes()))
+    reader = RowReader(path)
+    assert all(torch.equal(reader.mapped(name), tensor) for name, tensor in tensors().items())
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o077])
+def test_a_file_has_the_mode_of_the_umask(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        path = written(tmp_path / "rows.safetensors")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from stf_diffusers.training.autoencoder import LatentScale, choose_scale
-from stf_diffusers.training.image_data import ImageColumn, ImageReader, decode_all
+from stf_diffusers.training.image_data import ImageColumn
+from stf_diffusers.training.image_reader import ImageReader, decode_all
 from stf_diffusers.training.latents import LatentCache, encode_all
 
 BLOCKS = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4)

@@ -152,7 +152,7 @@ def check_fit(vae: ModelMixin, pixels: Tensor) -> tuple[tuple[int, int, int], bo
 
     Args:
         vae: of `load_autoencoder`.
-        pixels: (B, C, R, R) uint8, one image or more.
+        pixels: (B, C, H, W) uint8, one image or more.
 
     Returns:
         ((c, h, w) of the latents, whether they have a standard deviation).
@@ -160,7 +160,12 @@ def check_fit(vae: ModelMixin, pixels: Tensor) -> tuple[tuple[int, int, int], bo
     Raises:
         ValueError: the autoencoder takes images of other channels or of other sizes.
     """
-    _, channels, resolution, _ = pixels.shape
+    _, channels, resolution, width = pixels.shape
+    if resolution != width:
+        raise ValueError(
+            f"the images are {resolution}x{width}. Diffusers' pipelines of latents make square images alone: pass one side as "
+            "resolution=, or leave vae= out."
+        )
     takes = vae.config.in_channels
     if takes != channels:
         mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(takes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,14 +11,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from torch import nn
 
 from ..files import discard, settle
 from .averages import WeightAverage
 from .run_folder import CHECKPOINT_PREFIX, MANIFEST, complete_checkpoints, explained_write_errors
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(

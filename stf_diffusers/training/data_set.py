@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 from PIL import Image
+
+from .data_files import file_builder, folder_builder, is_array_file, read_arrays
+from .image_column import check_holds_images, described, may_hold_images
+
+# Columns that hold labels by convention, WebDataset's "cls" among them.
+_USUAL_LABELS = ("label", "labels", "class", "cls")
 
 
 def load_digits_dataset() -> datasets.Dataset:
@@ -35,49 +44,83 @@ def load_split(
     """A split of a data set of images.
 
     Args:
-        dataset_name: a data set on the Hub, a local folder (images, parquet, or `save_to_disk`), or a parquet file. Neither
-            this nor `train_data_dir`: scikit-learn's digits.
+        dataset_name: a data set on the Hub, a local folder (images, parquet, or `save_to_disk`), or a file: parquet, an
+            archive of images (.zip) or of a WebDataset (.tar), or arrays (.npz, .npy). Neither this nor `train_data_dir`:
+            scikit-learn's digits.
         dataset_config_name: the configuration of the data set, where it has several.
         train_data_dir: a folder of images.
         cache_dir: where downloads are kept.
         streaming: return an `IterableDataset`.
-        split: name of the split; data without splits are "train".
+        split: name of the split; data without splits are "train". Of what Datasets itself reads also "train[:1000]",
+            "train+test" or "all", without `streaming`.
 
     Raises:
         ValueError: there is no such data set, or no such split.
     """
     if dataset_name is None and train_data_dir is None:
-        if split != "train":
-            raise ValueError(f"scikit-learn's digits have no {split!r} split: use train.")
-        digits = load_digits_dataset()
-        return digits.to_iterable_dataset() if streaming else digits
+        return _of_splits({"train": load_digits_dataset()}, split, streaming)
     try:
-        splits = _read_splits(dataset_name, dataset_config_name, train_data_dir, cache_dir, streaming)
+        found = _read(dataset_name, dataset_config_name, train_data_dir, cache_dir)
+        if isinstance(found, dict):
+            return _of_splits(found, split, streaming)
+        return _of_builder(found, split, streaming)
+    except NoSuchSplit:
+        raise
     # Anything may go wrong with files and servers; what goes wrong has to name the data set.
     except Exception as error:
         where = f"train_data_dir={train_data_dir!r}" if dataset_name is None else f"dataset_name={dataset_name!r}"
-        raise ValueError(f"{where} cannot be read: {error}") from error
-    if split not in splits:
-        raise ValueError(f"the data set has no {split!r} split; it has {sorted(splits)}. Rename one, or pass a folder.")
-    return splits[split]
+        # Datasets' own error says no more than that there was one.
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        raise ValueError(f"{where} cannot be read: {cause}") from error
 
 
-def _read_splits(
-    name: str | None, config_name: str | None, data_dir: str | None, cache_dir: str | None, streaming: bool
-) -> dict[str, datasets.Dataset | datasets.IterableDataset]:
-    how = {"cache_dir": cache_dir, "streaming": streaming}
+class NoSuchSplit(ValueError):
+    """A data set that is there lacks the split."""
+
+
+def _read(
+    name: str | None, config_name: str | None, data_dir: str | None, cache_dir: str | None
+) -> dict[str, datasets.Dataset] | datasets.DatasetBuilder:
+    """The splits that are there, or the builder of Datasets that makes them."""
+    place = name if name is not None else str(data_dir)
+    path = Path(place)
+    if is_array_file(path):
+        return read_arrays(path, cache_dir)
+    if path.is_file():
+        return file_builder(path, cache_dir)
     if name is None:
-        loaded = datasets.load_dataset("imagefolder", data_dir=data_dir, **how)
-    elif Path(name).is_file():
-        loaded = datasets.load_dataset(Path(name).suffix.lstrip("."), data_files=name, **how)
-    elif (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
-        loaded = datasets.load_from_disk(name)
-        if streaming:
-            splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-            loaded = {split: part.to_iterable_dataset() for split, part in splits.items()}
-    else:
-        loaded = datasets.load_dataset(with_owner(name), config_name, **how)
-    return {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
+        return folder_builder(path, cache_dir, images=True)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = datasets.load_from_disk(name)
+        return {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
+    if path.is_dir():
+        return folder_builder(path, cache_dir, config_name)
+    return datasets.load_dataset_builder(with_owner(name), config_name, cache_dir=cache_dir)
+
+
+def _of_splits(
+    splits: dict[str, datasets.Dataset], split: str, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    _check_split(split, splits)
+    return splits[split].to_iterable_dataset() if streaming else splits[split]
+
+
+def _of_builder(
+    builder: datasets.DatasetBuilder, split: str, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    if streaming:
+        streams = builder.as_streaming_dataset()
+        _check_split(split, streams)
+        return streams[split]
+    builder.download_and_prepare()
+    if split.isidentifier() and split != "all":
+        _check_split(split, builder.info.splits)
+    return builder.as_dataset(split=split)
+
+
+def _check_split(split: str, splits: Iterable[str]) -> None:
+    if split not in splits:
+        raise NoSuchSplit(f"the data set has no {split!r} split; it has {sorted(splits)}. Choose one with split=.")
 
 
 def with_owner(name: str) -> str:
@@ -99,13 +142,13 @@ def with_owner(name: str) -> str:
 
 
 def find_column(
-    dataset: datasets.Dataset | datasets.IterableDataset, kind: type, requested: str | None, argument: str
+    dataset: datasets.Dataset | datasets.IterableDataset, candidates: list[str], requested: str | None, argument: str
 ) -> str | None:
-    """The column that holds `kind` (datasets.Image or datasets.ClassLabel): the one requested, or the only one.
+    """The column requested, or the only candidate.
 
     Args:
         dataset: the data set.
-        kind: type of the column's feature.
+        candidates: columns that qualify.
         requested: a column's name, or None.
         argument: the name under which a caller passes `requested`, for messages.
 
@@ -119,31 +162,39 @@ def find_column(
         if requested not in dataset.column_names:
             raise ValueError(f"{argument}={requested!r}: the data set has the columns {dataset.column_names}.")
         return requested
-    candidates = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
     if len(candidates) > 1:
         raise ValueError(f"the columns {candidates} all qualify; choose one with {argument}=.")
     return candidates[0] if candidates else None
 
 
 def find_image_column(dataset: datasets.Dataset | datasets.IterableDataset, requested: str | None = None) -> str:
-    """The column of images: the one requested, or the only one.
+    """The column of images: the one requested, or the only one; where Datasets declares none, the only one of bytes or arrays.
 
     Raises:
-        ValueError: there is none, or there are several candidates.
+        ValueError: there is none, or there are several candidates, or the one requested holds something else.
     """
-    column = find_column(dataset, datasets.Image, requested, "image_column")
+    declared = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    possible = [name for name, feature in dataset.features.items() if may_hold_images(feature)]
+    column = find_column(dataset, declared or possible, requested, "image_column")
     if column is None:
-        raise ValueError(f"no column holds images among {dataset.column_names}; name one with image_column=.")
+        held = ", ".join(f"{name}: {described(feature)}" for name, feature in dataset.features.items())
+        raise ValueError(
+            f"no column holds images among {dataset.column_names} ({held}). Convert one to datasets.Image, bytes of image "
+            "files, or arrays of uint8 pixels (H, W), (H, W, C) or (C, H, W)."
+        )
+    check_holds_images(dataset, column)
     return column
 
 
 def find_label_column(dataset: datasets.Dataset | datasets.IterableDataset, requested: str | None = None) -> str:
-    """The column of class labels: the one requested, or the only one.
+    """The column of class labels: the one requested, or the only one; where Datasets declares none, one of a usual name.
 
     Raises:
         ValueError: there is none, or there are several candidates.
     """
-    column = find_column(dataset, datasets.ClassLabel, requested, "label_column")
+    declared = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    usual = [name for name in dataset.column_names if name in _USUAL_LABELS]
+    column = find_column(dataset, declared or usual, requested, "label_column")
     if column is None:
         raise ValueError(
             f"class_conditional=True: no class labels among {dataset.column_names}; name a column with label_column=."
@@ -151,18 +202,47 @@ def find_label_column(dataset: datasets.Dataset | datasets.IterableDataset, requ
     return column
 
 
-def read_labels(dataset: datasets.Dataset, column: str) -> tuple[list[int], int]:
-    """The labels of all images, and the number of classes.
+class Labels(NamedTuple):
+    """The classes of all images.
+
+    Attributes:
+        values: the class of each image.
+        num_classes: how many there are, up to the largest that occurs.
+        class_names: their names; None where the data set has none.
+    """
+
+    values: list[int]
+    num_classes: int
+    class_names: list[str] | None
+
+
+def read_labels(dataset: datasets.Dataset, column: str) -> Labels:
+    """The labels of all images; strings are numbered in sorted order.
 
     Raises:
-        ValueError: they are not integers from 0, or there are more classes than images.
+        ValueError: they are neither strings nor integers from 0, or there are more classes than images.
     """
-    labels = list(dataset[column])
-    if not all(isinstance(label, int) and label >= 0 for label in labels):
-        raise ValueError(f"labels in {column!r} must be integers from 0; remove rows without a label.")
+    labels, feature = list(dataset[column]), dataset.features[column]
+    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    strings = isinstance(labels[0], str)
+    fits = (lambda label: isinstance(label, str)) if strings else is_class
+    wrong = next((row for row, label in enumerate(labels) if not fits(label)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"labels in {column!r} must be integers from 0, or all strings; that of row {wrong} is {labels[wrong]!r}. Remove "
+            "rows without a label, or choose another column with label_column=."
+        )
+    if strings:
+        names = sorted(set(labels))
+        number_of = {name: number for number, name in enumerate(names)}
+        labels = [number_of[label] for label in labels]
     num_classes = max(labels) + 1
     if num_classes > len(labels):
         raise ValueError(
             f"labels in {column!r} go up to {max(labels)}, for {len(labels)} images. Number the classes from 0."
         )
-    return labels, num_classes
+    return Labels(labels, num_classes, None if names is None else names[:num_classes])
+
+
+def is_class(label: object) -> bool:
+    return isinstance(label, int) and not isinstance(label, bool) and label >= 0

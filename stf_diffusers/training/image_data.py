@@ -6,7 +6,6 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,114 +13,14 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..reference_bank import Augmentation, ReferenceBank
 from .data_set import find_image_column, find_label_column, read_labels
+from .image_cache import cached_images
+from .image_column import to_image, with_images, without_corrupt
+from .image_reader import ImageReader, decode, decode_all, make_reader, read_row
 from .sources import IndexedImages
-
-
-@dataclass(frozen=True)
-class ImageReader:
-    """PIL images to uint8 tensors (C, R, R): mode, then size, then crop, as Diffusers' scripts do.
-
-    Args:
-        mode: "L", "RGB" or "RGBA".
-        resolution: R; the shorter side is resized to it (bilinear, antialiased).
-        center_crop: crop the centre; otherwise the crop of an image that is not square is random.
-        resize: whether other sizes than R x R are resized and cropped; otherwise they are an error.
-        convert: whether images of any mode are converted to `mode`; otherwise those that would lose something by it
-            (colour, transparency) are an error.
-    """
-
-    mode: str
-    resolution: int
-    center_crop: bool
-    resize: bool = True
-    convert: bool = True
-
-    @property
-    def channels(self) -> int:
-        return len(self.mode)
-
-    def __call__(self, image: Image.Image, draw: random.Random) -> Tensor:
-        if image.mode in ("I", "F", "I;16", "I;16L", "I;16B", "I;16N"):
-            raise ValueError(f"has mode {image.mode!r}, more than 8 bits a channel. Convert the images to 8 bits.")
-        if not self.convert:
-            transparent = "A" in image.getbands() or "transparency" in image.info
-            if transparent or image.mode not in ("1", "L", "P", "RGB"):
-                what = "transparency" if transparent else f"mode {image.mode}"
-                raise ValueError(
-                    f"has {what}. Pass image_mode='RGBA' to keep transparency, or image_mode='RGB' ('L') to convert without it."
-                )
-            if self.mode == "L" and image.mode not in ("1", "L"):
-                raise ValueError(
-                    f"has mode {image.mode} where others are grey. Pass image_mode='RGB' or image_mode='L'."
-                )
-        width, height = image.size
-        if not self.resize and (width, height) != (self.resolution, self.resolution):
-            raise ValueError(
-                f"is {width}x{height} where others are {self.resolution}x{self.resolution}: pass resolution=."
-            )
-        image = image.convert(self.mode)
-        scale = self.resolution / min(width, height)
-        if scale != 1:
-            width, height = max(self.resolution, round(width * scale)), max(self.resolution, round(height * scale))
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        spare_x, spare_y = width - self.resolution, height - self.resolution
-        if spare_x or spare_y:
-            left, top = (
-                (spare_x // 2, spare_y // 2)
-                if self.center_crop
-                else (draw.randint(0, spare_x), draw.randint(0, spare_y))
-            )
-            image = image.crop((left, top, left + self.resolution, top + self.resolution))
-        pixels = np.array(image, dtype=np.uint8).reshape(self.resolution, self.resolution, self.channels)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def make_reader(
-    dataset: datasets.Dataset | datasets.IterableDataset,
-    column: str,
-    mode: str | None,
-    resolution: int | None,
-    center_crop: bool,
-) -> ImageReader:
-    """A reader for this data set; mode and resolution, where not given, are those of its first image.
-
-    Raises:
-        ValueError: the first image is not square and no resolution is given.
-    """
-    if isinstance(dataset, datasets.IterableDataset):
-        first = next(iter(dataset), {column: None})[column]
-    else:
-        first = decode(dataset, column, [0])[0]
-    if not isinstance(first, Image.Image):
-        raise ValueError(f"column {column!r} holds {type(first).__name__}, not images. Choose one with image_column=.")
-    if resolution is None and first.width != first.height:
-        raise ValueError(f"the images are not square ({first.width}x{first.height}): pass resolution=.")
-    found = "L" if first.mode in ("1", "L", "LA") else "RGB"
-    return ImageReader(
-        mode or found, resolution or first.width, center_crop, resize=resolution is not None, convert=mode is not None
-    )
-
-
-def decode(dataset: datasets.Dataset, column: str, rows: list[int]) -> list[Image.Image]:
-    """The images in `rows`.
-
-    Raises:
-        ValueError: one cannot be decoded; names it.
-    """
-    try:
-        images: list[Image.Image] = dataset[rows][column]
-        return images
-    except Exception as error:
-        if len(rows) > 1:
-            for row in rows:
-                decode(dataset, column, [row])
-        raise ValueError(f"image {rows[0]} cannot be decoded: {error}. Repair it or leave it out.") from error
 
 
 class ImageColumn(IndexedImages):
@@ -135,10 +34,11 @@ class ImageColumn(IndexedImages):
         column: its column of images.
         reader: how they are read.
         labels: N classes, or None.
-        images: (N, C, R, R) uint8, all images as the reader gives them, or None.
+        images: (N, C, H, W) uint8, all images as the reader gives them, or None.
         seed: of random crops.
         label_column: the column that `labels` are from.
         num_classes: number of classes, where there are labels.
+        class_names: their names, where they have some.
     """
 
     def __init__(
@@ -151,9 +51,10 @@ class ImageColumn(IndexedImages):
         seed: int = 0,
         label_column: str | None = None,
         num_classes: int | None = None,
+        class_names: list[str] | None = None,
     ) -> None:
         self.dataset, self.column, self.reader, self.images, self.seed = dataset, column, reader, images, seed
-        self.label_column, self.num_classes = label_column, num_classes
+        self.label_column, self.num_classes, self.class_names = label_column, num_classes, class_names
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
 
     def __len__(self) -> int:
@@ -165,7 +66,7 @@ class ImageColumn(IndexedImages):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.reader.channels, self.reader.resolution, self.reader.resolution
+        return self.reader.shape
 
     @property
     def in_memory(self) -> Tensor | None:
@@ -176,7 +77,8 @@ class ImageColumn(IndexedImages):
         """Whether an image is read differently each time."""
         if self.images is not None or self.reader.center_crop:
             return False
-        return any(image.width != image.height for image in self.dataset[self.column])
+        images = (to_image(value) for value in self.dataset[self.column])
+        return any(image is not None and self.reader.crops_at_random(image) for image in images)
 
     @cached_property
     def standard_deviation(self) -> float:
@@ -244,9 +146,12 @@ def open_images(
     label_column: str | None = None,
     class_conditional: bool = False,
     image_mode: str | None = None,
-    resolution: int | None = None,
+    resolution: int | Sequence[int] | None = None,
     center_crop: bool = False,
+    skip_corrupt: bool = False,
     image_memory_gb: float = 4.0,
+    image_cache: bool = True,
+    cache_dir: str | None = None,
     seed: int = 0,
     quiet: bool = False,
 ) -> ImageColumn:
@@ -257,54 +162,39 @@ def open_images(
         image_column, label_column: its columns; found where there is only one of the kind.
         class_conditional: whether labels are read.
         image_mode, resolution, center_crop: as for `make_reader`.
+        skip_corrupt: leave out images that are missing or cannot be decoded; otherwise they are an error.
         image_memory_gb: GiB up to which decoded images are kept, as uint8.
+        image_cache: keep them on the disk too, for other processes and later runs, as `cached_images` does.
+        cache_dir: where; None: Hugging Face's cache.
         seed: of random crops.
         quiet: no progress bar.
 
     Raises:
         ValueError: there are no images, or no labels where they are needed; or they cannot be read.
     """
-    if len(dataset) == 0:
-        raise ValueError("the data set is empty.")
     column = find_image_column(dataset, image_column)
     if class_conditional or label_column:
         label_column = find_label_column(dataset, label_column)
     if not class_conditional:
         label_column = None
+    dataset = with_images(dataset, column)
+    if skip_corrupt:
+        dataset = without_corrupt(dataset, column)
+    if len(dataset) == 0:
+        raise ValueError("the data set is empty.")
     reader = make_reader(dataset, column, image_mode, resolution, center_crop)
-    labels, num_classes = (None, None) if label_column is None else read_labels(dataset, label_column)
-    decoded = decode_all(dataset, column, reader, image_memory_gb * 2**30, quiet)
-    return ImageColumn(dataset, column, reader, labels, decoded, seed, label_column, num_classes)
-
-
-def decode_all(
-    dataset: datasets.Dataset, column: str, reader: ImageReader, budget_bytes: float, quiet: bool
-) -> Tensor | None:
-    """All images as one uint8 tensor (N, C, R, R); None where that exceeds the budget or crops are to be random."""
-    size = len(dataset) * reader.channels * reader.resolution**2
-    if size > budget_bytes:
-        return None
-    pixels = torch.empty((len(dataset), reader.channels, reader.resolution, reader.resolution), dtype=torch.uint8)
-    fixed = random.Random(0)
-    with tqdm(total=len(dataset), desc="Decoding images", unit="image", disable=quiet) as progress:
-        for start in range(0, len(dataset), 256):
-            rows = list(range(start, min(start + 256, len(dataset))))
-            for row, image in zip(rows, decode(dataset, column, rows), strict=True):
-                if image is not None and image.width != image.height and reader.resize and not reader.center_crop:
-                    return None
-                pixels[row] = read_row(reader, row, image, fixed)
-            progress.update(len(rows))
-    return pixels
-
-
-def read_row(reader: ImageReader, row: int, image: Image.Image | None, draw: random.Random) -> Tensor:
-    """`reader(image, draw)`, whose errors name the row."""
-    if image is None:
-        raise ValueError(f"image {row} is missing. Leave the row out.")
-    try:
-        return reader(image, draw)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"image {row} {error}") from error
+    labels = None if label_column is None else read_labels(dataset, label_column)
+    if image_cache:
+        decoded = cached_images(dataset, column, reader, image_memory_gb * 2**30, quiet, cache_dir)
+    else:
+        decoded = decode_all(dataset, column, reader, image_memory_gb * 2**30, quiet)
+    if labels is None:
+        return ImageColumn(dataset, column, reader, None, decoded, seed)
+    if dataset.features[label_column].dtype != "int64":  # a bank on the disk reads the numbers from the column
+        dataset = dataset.remove_columns(label_column).add_column(label_column, labels.values)
+    return ImageColumn(
+        dataset, column, reader, labels.values, decoded, seed, label_column, labels.num_classes, labels.class_names
+    )
 
 
 def measure_standard_deviation(images: ImageColumn, at_most: int = 10_000) -> float:

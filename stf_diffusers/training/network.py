@@ -11,11 +11,9 @@ from diffusers.models.embeddings import LabelEmbedding
 
 from ..export import DIT_NULL_LABEL, Network, read_metadata
 from .conditioning import Conditioning
+from .presets import PRESETS
 
 _KINDS: dict[str, type[Network]] = {"UNet2DModel": UNet2DModel, "DiTTransformer2DModel": DiTTransformer2DModel}
-
-# Configs of networks by name; the side of the images that they are made for is in the name.
-PRESETS = {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.json"))}
 
 
 def new_network(
@@ -25,40 +23,61 @@ def new_network(
     num_classes: int | None = None,
     class_dropout: float = 0.0,
     reorient: float = 0.0,
+    cache_dir: str | None = None,
 ) -> tuple[Network, Conditioning]:
     """A network with random weights.
 
     Args:
-        shape: (C, R, R) of the images or latents.
-        model_config: a name in `PRESETS`, or a config file of a `UNet2DModel` or `DiTTransformer2DModel`; sizes, channels
-            and classes in it are replaced. None: the preset for images of this size.
+        shape: (C, H, W) of the images or latents.
+        model_config: as for `network_config`, of a `UNet2DModel` or `DiTTransformer2DModel`; sizes, channels and classes in
+            it are replaced. None: the preset for images of this size.
         num_classes, class_dropout, reorient: as for `Conditioning`.
+        cache_dir: where downloads are kept.
 
     Raises:
         ValueError: no such config, or a network that does not fit.
     """
-    channels, resolution, _ = shape
-    preset = "digits_12" if resolution <= 16 else "cifar10_32" if resolution <= 32 else "celeba_64"
-    path = PRESETS.get(model_config or preset) or Path(model_config or "")
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model_config={str(path)!r} is neither a preset ({', '.join(PRESETS)}) nor a readable JSON file: {error}"
-        ) from error
-    name = config.get("_class_name", "UNet2DModel") if isinstance(config, dict) else None
+    channels, side = shape[0], max(shape[1:])
+    preset = "digits_12" if side <= 16 else "cifar10_32" if side <= 32 else "celeba_64"
+    config = network_config(model_config or preset, cache_dir)
+    name = config.get("_class_name", "UNet2DModel")
     if name not in _KINDS:
         raise ValueError(
-            f"model_config={str(path)!r} must be the config of a {' or a '.join(_KINDS)}, as the presets are: "
-            f"{', '.join(PRESETS)}."
+            f"model_config={model_config!r} must be the config of a {' or a '.join(_KINDS)}, as the presets are: "
+            f"{', '.join(PRESETS)}; got {name}."
         )
     transformer = _KINDS[name] is DiTTransformer2DModel
     conditioning = Conditioning(num_classes, class_dropout, reorient, transformer)
     table = "num_embeds_ada_norm" if transformer else "num_class_embeds"
-    fitted = {"sample_size": resolution, "in_channels": channels, "out_channels": channels}
+    fitted = {"sample_size": side, "in_channels": channels, "out_channels": channels}
     network = _KINDS[name].from_config({**config, **fitted, table: conditioning.embeddings})
     fit_network(network, shape, conditioning)
     return network, conditioning
+
+
+def network_config(name_or_path: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """The config of a network.
+
+    Args:
+        name_or_path: a name in `PRESETS`, a JSON file, or a network of Diffusers, a folder or on the Hub.
+        cache_dir: where downloads are kept.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    try:
+        if name_or_path not in PRESETS and not Path(name_or_path).is_file():
+            return dict(UNet2DModel.load_config(name_or_path, cache_dir=cache_dir))
+        config = json.loads(PRESETS.get(name_or_path, Path(name_or_path)).read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}, not an object")
+    # Files, folders and the Hub's client each raise errors of their own.
+    except Exception as error:
+        raise ValueError(
+            f"model_config={name_or_path!r} is neither a preset ({', '.join(PRESETS)}) nor a readable JSON file or network "
+            f"of Diffusers: {error}"
+        ) from error
+    return config
 
 
 def pretrained_network(
@@ -74,7 +93,7 @@ def pretrained_network(
 
     Args:
         pretrained_model_name_or_path: a folder, or a repository on the Hub.
-        shape: (C, R, R) of the images or latents.
+        shape: (C, H, W) of the images or latents.
         num_classes, class_dropout, reorient: as for `Conditioning`.
         cache_dir: where downloads are kept.
 
@@ -105,12 +124,12 @@ def pretrained_network(
 
 
 def fit_network(network: Network, shape: tuple[int, int, int], conditioning: Conditioning) -> None:
-    """Check a network against images of `shape` (C, R, R) and their labels, and set its config to that size.
+    """Check a network against images of `shape` (C, H, W) and their labels, and set its config to that size.
 
     Raises:
         ValueError: it does not fit.
     """
-    channels, resolution, _ = shape
+    channels, height, width = shape
     config = network.config
     if config["out_channels"] == 2 * config["in_channels"]:
         raise ValueError(
@@ -123,9 +142,9 @@ def fit_network(network: Network, shape: tuple[int, int, int], conditioning: Con
             "Choose with image_mode=."
         )
     if isinstance(network, DiTTransformer2DModel):
-        if resolution != config["sample_size"] or resolution % config["patch_size"]:
+        if {height, width} != {config["sample_size"]} or height % config["patch_size"]:
             raise ValueError(
-                f"latents of {resolution}x{resolution} do not fit this DiTTransformer2DModel: sample_size "
+                f"latents of {height}x{width} do not fit this DiTTransformer2DModel: sample_size "
                 f"{config['sample_size']}, patch_size {config['patch_size']}. See resolution=."
             )
         if config["num_embeds_ada_norm"] != DIT_NULL_LABEL:
@@ -135,17 +154,21 @@ def fit_network(network: Network, shape: tuple[int, int, int], conditioning: Con
                 # It would drop classes by itself, unseen by the targets, in each block anew.
                 module.dropout_prob = 0.0
         return
-    network.register_to_config(sample_size=resolution)
+    network.register_to_config(sample_size=height if height == width else (height, width))
+    if conditioning.reorient and height != width:
+        raise ValueError(
+            f"reorient={conditioning.reorient}: quarter turns need square images; got {height}x{width}. Leave it out, or pass "
+            "one side as resolution=."
+        )
     if config["num_class_embeds"] != conditioning.embeddings:
         raise ValueError(
             f"the pretrained network knows {config['num_class_embeds']} classes and this run has "
             f"{conditioning.embeddings}. Pass or leave out class_conditional=, class_dropout= and reorient= accordingly."
         )
     factor = 2 ** (len(config["block_out_channels"]) - 1)
-    if resolution % factor:
-        raise ValueError(
-            f"the side {resolution} of what the network sees must be a multiple of {factor}; see resolution=."
-        )
+    side = next((side for side in (height, width) if side % factor), None)
+    if side is not None:
+        raise ValueError(f"the side {side} of what the network sees must be a multiple of {factor}; see resolution=.")
     if config["time_embedding_type"] != "positional":
         raise ValueError(
             f"time_embedding_type {config['time_embedding_type']!r} takes the logarithm of timesteps that are negative "

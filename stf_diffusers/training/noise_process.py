@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from accelerate.logging import get_logger
 from diffusers import DDPMScheduler
 
 from ..noise import EDM, NOISE_PROCESSES, NoiseProcess
 from ..scheduler_process import SchedulerProcess
 from ..stock_schedulers import DISCRETE, scheduler_from_config
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 # Parameters of "discrete", by the names of Diffusers' training script, and what its schedulers call them.
@@ -30,18 +30,16 @@ def choose_process(
     *,
     standard_deviation: Callable[[], float],
     saved: Mapping[str, Any] | None = None,
-    normalised: bool = False,
 ) -> tuple[NoiseProcess, dict[str, Any]]:
     """The noise process, and the sampling range where one is given. A fine-tuned pipeline's own is the default.
 
     Args:
         noise_process: a name in `NOISE_PROCESSES`, or "discrete". None: that of `saved`; else "discrete" where one of its
             parameters is given; else "edm".
-        parameters: parameters of the process that are given. EDM takes sigma_min and sigma_max too, for sampling, and
-            "auto" for sigma_data: measured.
+        parameters: parameters of the process that are given; "auto" for sigma_data: measured, which is the default. EDM
+            takes sigma_min and sigma_max too, for sampling.
         standard_deviation: measures that of the data, where it is needed.
         saved: metadata of the pipeline that is trained further (`read_metadata`).
-        normalised: the data have variance 1 (latents): sigma_data is "auto" unless given or saved.
 
     Raises:
         ValueError: a parameter that the process does not have, or that contradicts the pipeline.
@@ -59,7 +57,7 @@ def choose_process(
         return _discrete_process(parameters, saved_process.get("scheduler")), {}
     given, ranges = dict(parameters), dict(saved.get("sampling_range", {})) if saved else {}
     if name == "edm":
-        if normalised and "sigma_data" not in saved_process:
+        if "sigma_data" not in saved_process:
             given.setdefault("sigma_data", "auto")
         ranges |= {limit: given.pop(limit) for limit in ("sigma_min", "sigma_max") if limit in given}
     kind = NOISE_PROCESSES[name]

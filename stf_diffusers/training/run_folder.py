@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..files import discard
 
 # A checkpoint is a folder of this prefix and its step; it is complete when it has its manifest.
 CHECKPOINT_PREFIX, MANIFEST = "checkpoint-", "training_state.json"
+# What was logged, a JSON object a line.
+METRICS = "metrics.jsonl"
 # Pictures, snapshots of the averages, evaluations and the best pipeline, the bank on disk, the latents.
 SAMPLES, SNAPSHOTS, RECORDS, BEST = "samples", "post_hoc_ema", "evaluations.json", "best"
 BANK_FILE, LATENT_FILES = "reference_bank.safetensors", "latents-*.safetensors"
@@ -29,6 +33,15 @@ def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name; -1 where there is none."""
     number = checkpoint.name.removeprefix(CHECKPOINT_PREFIX)
     return int(number) if number.isdecimal() else -1
+
+
+def run_of(checkpoint: Path | None) -> dict[str, Any]:
+    """What a checkpoint's manifest says of its run ("run" of `save_checkpoint`); {} without one, or where it is damaged."""
+    try:
+        run = json.loads((checkpoint / MANIFEST).read_text())["run"] if checkpoint else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        run = {}
+    return dict(run)
 
 
 def find_checkpoint(output_dir: Path, requested: str | None) -> Path | None:
@@ -97,7 +110,8 @@ def clear(output_dir: Path) -> None:
     (output_dir / "model_index.json").unlink(missing_ok=True)
     for path in complete_checkpoints(output_dir):
         discard(path)
-    (output_dir / RECORDS).unlink(missing_ok=True)
+    for name in (RECORDS, METRICS):
+        (output_dir / name).unlink(missing_ok=True)
     for name in (SAMPLES, SNAPSHOTS, BEST):
         shutil.rmtree(output_dir / name, ignore_errors=True)
 

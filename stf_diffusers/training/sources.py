@@ -25,10 +25,12 @@ class TrainingImages(ABC):
     Attributes:
         labels: (N,) int64 classes on the CPU; None without classes, and where they come with the batches alone.
         num_classes: number of classes of a conditional training; None of an unconditional one.
+        class_names: what the classes are called, by number; None where the data do not say.
     """
 
     labels: Tensor | None
     num_classes: int | None
+    class_names: list[str] | None = None
 
     @property
     @abstractmethod

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import time
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -11,11 +15,16 @@ import torch.distributed as dist
 
 # EX_TEMPFAIL of sysexits.h: not finished, try again. Schedulers can be told to requeue on it.
 REQUEUE_EXIT_CODE = 75
+_PR_SET_PDEATHSIG = 1
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR1 within a `with` block: SystemExit with `REQUEUE_EXIT_CODE` at once, or once `defer` was called,
-    an answer of `agreed`. Leaving the block by an error lets communication settle.
+    """SIGTERM, SIGUSR1 and Ctrl-C (SIGINT) within a `with` block: SystemExit with `REQUEUE_EXIT_CODE` at once, or once
+    `defer` was called, an answer of `agreed`. A second Ctrl-C does not wait. Leaving the block by an error lets
+    communication settle.
     """
 
     def __init__(self) -> None:
@@ -24,7 +33,7 @@ class StopSignal:
         self._group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
@@ -34,8 +43,9 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = number == signal.SIGINT and self.received == signal.SIGINT
         self.received = signal.Signals(number)
-        if not self._deferred:
+        if again or not self._deferred:
             raise SystemExit(REQUEUE_EXIT_CODE)
 
     def defer(self) -> None:
@@ -64,3 +74,22 @@ def settle_communication() -> None:
     """
     if dist.is_available() and dist.is_initialized():
         time.sleep(0.5)
+
+
+def stop_with_launcher() -> None:
+    """Have the end of an `accelerate launch` that has started this process alone ask it to stop, by SIGTERM.
+
+    That launcher does not pass signals on: killed, it would leave the training behind. On Linux alone, where a process can
+    ask for it (prctl's PR_SET_PDEATHSIG).
+    """
+    if not sys.platform.startswith("linux") or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return
+    launcher = os.getppid()
+    try:
+        command = Path(f"/proc/{launcher}/cmdline").read_bytes()
+    except OSError:
+        return
+    if b"accelerate" in command:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:  # it has died meanwhile
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ..reference_bank import Augmentation, ReferenceBank
 from ..reference_batch import ReferenceBatchSampler
-from .data_set import find_image_column, find_label_column
-from .image_data import ImageReader, make_reader, read_row, standard_deviation_of
+from .data_set import find_image_column, find_label_column, is_class
+from .image_column import is_encoded, pixel_dtype, to_image, with_images
+from .image_data import standard_deviation_of
+from .image_reader import ImageReader, make_reader, read_row
 from .sources import TrainingImages
 
 
@@ -39,6 +41,7 @@ class ImageStream(TrainingImages):
         seed: random seed for the order of shards, random crops and draws of places.
         process_index, num_processes: place of this process among those that read the stream.
         num_classes: labels must lie below it.
+        class_names: names of the classes, or None.
 
     Where there are several processes, `agree` has to follow.
 
@@ -62,13 +65,17 @@ class ImageStream(TrainingImages):
         process_index: int = 0,
         num_processes: int = 1,
         num_classes: int | None = None,
+        class_names: list[str] | None = None,
     ) -> None:
         self.labels = None  # they come with the batches
-        self._dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        self._dtype = pixel_dtype(dataset.features[column])
+        self._dataset = dataset
+        if is_encoded(dataset.features[column]):
+            self._dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self.column, self.label_column, self.reader = column, label_column, reader
         self.batch_size, self.seed = batch_size, seed
         self._process_index, self._num_processes = process_index, num_processes
-        self.num_classes = num_classes
+        self.num_classes, self.class_names = num_classes, class_names
         self._decoder = datasets.Image()
         first = [example for example, _ in zip(self._one_pass(0), range(buffer_size or 4096), strict=False)]
         self._num_references = buffer_size or len(first)
@@ -86,7 +93,7 @@ class ImageStream(TrainingImages):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.reader.channels, self.reader.resolution, self.reader.resolution
+        return self.reader.shape
 
     @property
     def num_images(self) -> None:
@@ -159,13 +166,15 @@ class ImageStream(TrainingImages):
         example = self._examples[place]
         index, draw = example["index"], random.Random(f"{self.seed}/{example['pass']}/{example['index']}")
         try:
-            image = None if example[self.column] is None else self._decoder.decode_example(example[self.column])
+            value = example[self.column]
+            stored = value is not None and self._dtype is None
+            image = to_image(self._decoder.decode_example(value) if stored else value, self._dtype)
         except Exception as error:
             raise ValueError(f"image {index} cannot be decoded: {error}. Repair it or leave it out.") from error
         self._pixels[place] = read_row(self.reader, index, image, draw)
         if self.label_column is not None:
             label = example[self.label_column]
-            if not isinstance(label, int) or not 0 <= label < (self.num_classes or label + 1):
+            if not is_class(label) or label >= (self.num_classes or label + 1):
                 raise ValueError(
                     f"image {index} has the label {label!r}. Labels are integers from 0, below the {self.num_classes} "
                     "classes that the data set declares."
@@ -218,7 +227,7 @@ def open_stream(
     label_column: str | None = None,
     class_conditional: bool = False,
     image_mode: str | None = None,
-    resolution: int | None = None,
+    resolution: int | Sequence[int] | None = None,
     center_crop: bool = False,
     seed: int = 0,
     process_index: int = 0,
@@ -245,12 +254,27 @@ def open_stream(
         label_column = find_label_column(dataset, label_column)
     if not class_conditional:
         label_column = None
+    dataset = with_images(dataset, column)
     reader = make_reader(dataset, column, image_mode, resolution, center_crop)
-    classes = None if label_column is None else getattr(dataset.features[label_column], "num_classes", None)
-    if label_column is not None and classes is None:
-        raise ValueError(
-            f"streaming=True: column {label_column!r} does not declare its number of classes (ClassLabel)."
-        )
+    classes, names = None, None
+    if label_column is not None:
+        feature = dataset.features[label_column]
+        if not isinstance(feature, datasets.ClassLabel):
+            raise ValueError(
+                f"streaming=True: column {label_column!r} does not declare its classes (ClassLabel), and they are not known "
+                "before all of it is read. Declare them, or leave streaming= out."
+            )
+        classes, names = feature.num_classes, feature.names
     return ImageStream(
-        dataset, column, label_column, reader, batch_size, buffer_size, seed, process_index, num_processes, classes
+        dataset,
+        column,
+        label_column,
+        reader,
+        batch_size,
+        buffer_size,
+        seed,
+        process_index,
+        num_processes,
+        classes,
+        names,
     )

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from PIL import Image
 from torch import Tensor
 
+from ..files import replacing
 from ..objective import PerturbedBatch
 from ..posterior import pixels_to_float
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # Decades of the noise-to-signal ratio sigma / alpha, for images in [-1, 1].
 _EDGES = (0.0, 0.1, 1.0, 10.0, float("inf"))
@@ -52,16 +55,21 @@ def log_picture(accelerator: Accelerator, picture: Image.Image, step: int) -> No
 
 
 class TrainingLog:
-    """Means over the micro-batches of all processes since the last `flush`. `add` never waits for the device."""
+    """Means over the micro-batches of all processes since the last `flush`. `add` never waits for the device.
+
+    Attributes:
+        profile: the same by fine noise levels, over all steps since the log was made.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        self.profile = LevelProfile(accelerator)
         self._edges = torch.tensor(_EDGES[1:-1], device=accelerator.device)
         self._reset()
 
     def _reset(self) -> None:
-        # loss sum, micro-batches, then per noise level: sums of effective sample sizes, of variances removed, rows
-        self._sums = torch.zeros(2 + 3 * len(NOISE_LEVELS), device=self.accelerator.device)
+        # loss sum, micro-batches, then per noise level: sums of losses, of effective sample sizes, of variances removed, rows
+        self._sums = torch.zeros(2 + 4 * len(NOISE_LEVELS), device=self.accelerator.device)
         self._images, self._wait, self._start = 0, 0.0, time.perf_counter()
         self._recent: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
@@ -76,23 +84,35 @@ class TrainingLog:
         yield
         self._start += time.perf_counter() - start
 
-    def add(self, loss: Tensor, batch: PerturbedBatch, clean: Tensor, step: int, index: Tensor) -> None:
-        """A micro-batch of optimizer step `step`, of the images `clean` (B, ...) at `index` (B,) in the data set."""
-        level = torch.bucketize((batch.sigma / batch.alpha).to(self._edges.dtype), self._edges)
-        self._recent.append((step, loss.detach(), (batch.sigma / batch.alpha).detach(), index))
+    def add(self, loss: Tensor, output: Tensor, batch: PerturbedBatch, clean: Tensor, step: int, index: Tensor) -> None:
+        """A micro-batch of optimizer step `step`.
+
+        Args:
+            loss: its mean loss, a scalar.
+            output: (B, ...) of the network.
+            batch: what the network was given, and its targets.
+            clean: (B, ...) the images.
+            step: number of the optimizer step.
+            index: (B,) positions of the images in the data set.
+        """
+        level = batch.sigma / batch.alpha
+        self._recent.append((step, loss.detach(), level.detach(), index))
         self._sums[0] += loss.detach()
         self._sums[1] += 1
         # Given the references and x_t the source is a draw of their posterior, so the mean of its squared distance from
         # the posterior mean is V_DSM - V_STF, by the law of total variance.
         removed = (pixels_to_float(clean) - batch.posterior_mean).flatten(1).square().mean(1)
-        columns = batch.effective_sample_size, removed, torch.ones_like(removed)
-        for place, values in enumerate(columns):
-            self._sums.index_add_(0, 2 + place * len(NOISE_LEVELS) + level, values.to(self._sums.dtype))
+        error = (output.detach().to(batch.target.dtype) - batch.target).flatten(1).square().mean(1)
+        columns = torch.stack([error, batch.effective_sample_size, removed, torch.ones_like(removed)])
+        place = torch.bucketize(level.to(self._edges.dtype), self._edges)
+        by_level = self._sums[2:].view(len(columns), -1)
+        by_level.index_add_(1, place, columns.to(self._sums.dtype))
+        self.profile.add(level, columns)
         self._images += len(batch.t)
 
     def flush(self) -> dict[str, float]:
-        """Loss, images per second, share of time spent waiting for data; by noise level the mean effective sample size,
-        and the variance that references remove from the targets, V_DSM - V_STF per dimension of x0.
+        """Loss, images per second, share of time spent waiting for data; by noise level the mean loss and effective sample
+        size, and the variance that references remove from the targets, V_DSM - V_STF per dimension of x0.
 
         Raises:
             FloatingPointError: a loss since the last call was not finite; on every process, naming its own micro-batch.
@@ -107,9 +127,10 @@ class TrainingLog:
             "data_wait_share": self._wait / elapsed,
         }
         levels = len(NOISE_LEVELS)
-        sizes, removed, rows = (by_level[place * levels :][:levels] for place in range(3))
-        for name, size, variance, seen in zip(NOISE_LEVELS, sizes, removed, rows, strict=True):
+        losses, sizes, removed, rows = (by_level[place * levels :][:levels] for place in range(4))
+        for name, error, size, variance, seen in zip(NOISE_LEVELS, losses, sizes, removed, rows, strict=True):
             if seen:
+                report[f"loss/{name}"] = error / seen
                 report[f"effective_sample_size/{name}"] = size / seen
                 report[f"variance_removed/{name}"] = variance / seen
         self._reset()
@@ -127,6 +148,65 @@ class TrainingLog:
                     f"levels: {rows}."
                 )
         raise FloatingPointError("the loss of another process is not finite; see its message.")
+
+
+class LevelProfile:
+    """Loss, effective sample size and variance removed by noise level, three levels an octave, summed on the device."""
+
+    LOWEST, HIGHEST, PER_OCTAVE = -10, 10, 3
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        count = (self.HIGHEST - self.LOWEST) * self.PER_OCTAVE
+        self._sums = torch.zeros(4, count, dtype=torch.float64, device=accelerator.device)
+
+    def add(self, level: Tensor, columns: Tensor) -> None:
+        """Rows at noise levels sigma / alpha (B,), with their losses, effective sample sizes, variances removed and ones
+        (4, B).
+        """
+        place = ((level.log2() - self.LOWEST) * self.PER_OCTAVE).floor().clamp(0, self._sums.shape[1] - 1)
+        self._sums.index_add_(1, place.long(), columns.double())
+
+    def result(self) -> dict[str, list[float]]:
+        """Of the levels that were drawn, in ascending order: "noise_level" (the middle, on a log scale), "loss",
+        "effective_sample_size", "variance_removed" and "rows". Collective.
+        """
+        sums = self.accelerator.reduce(self._sums, reduction="sum").cpu()
+        seen = sums[3].nonzero()[:, 0]
+        means = sums[:3, seen] / sums[3, seen]
+        middle = 2.0 ** ((seen + 0.5) / self.PER_OCTAVE + self.LOWEST)
+        names = ("noise_level", "loss", "effective_sample_size", "variance_removed", "rows")
+        return {name: values.tolist() for name, values in zip(names, (middle, *means, sums[3, seen]), strict=True)}
+
+
+class MetricsFile:
+    """What was logged, one JSON object a line; a run that resumes continues the file from its checkpoint's step.
+
+    Args:
+        path: of the file.
+        first_step: lines after it are dropped: these steps come again.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path = path
+        kept = (
+            [line for line in path.read_text().splitlines() if _step_in(line) <= first_step] if path.is_file() else []
+        )
+        with replacing(path) as file:
+            file.write_text("".join(line + "\n" for line in kept if first_step))
+
+    def append(self, step: int, report: Mapping[str, float]) -> None:
+        """Write the report of a step."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **report}) + "\n")
+
+
+def _step_in(line: str) -> float:
+    """The step of a line; infinity where a process died while it wrote it."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class TargetShare:

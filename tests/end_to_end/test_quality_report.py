@@ -119,7 +119,7 @@ def test_a_run_that_dies_while_the_best_is_saved_comes_back_to_it(finished, stop
 def test_the_best_of_another_run_is_no_rival_and_features_are_computed_once(finished, evaluated, tmp_path):
     """Of a run that left no checkpoint, in the same folder, measured alike."""
     root = finished[0]
-    (cached,) = (root / "cache").rglob("*.safetensors")
+    (cached,) = (root / "cache" / "stf_diffusers" / "features").rglob("*.safetensors")
     before = cached.stat().st_mtime_ns
     expected = (root / "run" / "best" / "evaluation.json").read_text()
     stale = json.loads(expected) | {"step": 1, "frechet_distance": 1e-9}
@@ -149,8 +149,8 @@ def test_two_processes_share_an_evaluation(evaluated, tmp_path):
     for left, right in zip(*found, strict=True):
         assert left["measured"] == right["measured"]
         assert left["frechet_distance"] == pytest.approx(right["frechet_distance"], rel=1e-4)
-    (features,) = (tmp_path / "cache-1").rglob("*.safetensors")
-    (others,) = (tmp_path / "cache-2").rglob("*.safetensors")
+    (features,) = (tmp_path / "cache-1" / "stf_diffusers" / "features").rglob("*.safetensors")
+    (others,) = (tmp_path / "cache-2" / "stf_diffusers" / "features").rglob("*.safetensors")
     assert features.name == others.name
     assert features.read_bytes() == others.read_bytes()
 

@@ -54,7 +54,7 @@ def test_values_out_of_range(case, capsys):
         script.parse_args([f"{flag}={value}"])
     said = capsys.readouterr().err.splitlines()[-1]
     assert refusal.value.code == 2
-    assert f"error: argument {flag}: " in said and value in said and OUT_OF_RANGE[case] in said
+    assert f"error: argument {flag}" in said and value in said and OUT_OF_RANGE[case] in said
 
 
 def test_a_flag_that_does_not_exist(capsys):

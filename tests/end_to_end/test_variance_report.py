@@ -161,8 +161,8 @@ def test_names_are_escaped(image_folder, tmp_path):
         (["--p_std", "0"], "--p_std must be positive"),
         (["--noise_process", "vp", "--max_noise_level", "1000"], "--max_noise_level 1000 is beyond"),
         (["--reference_batch_sizes", "5000"], "--reference_batch_sizes: there are"),
-        (["--train_data_dir", "nowhere"], "train_data_dir='nowhere' cannot be read"),
-        (["--image_column", "picture"], "image_column='picture': the data set has the columns"),
+        (["--train_data_dir", "nowhere"], "--train_data_dir nowhere cannot be read"),
+        (["--image_column", "picture"], "--image_column picture: the data set has the columns"),
     ],
 )
 def test_wrong_flags_are_named_and_nothing_is_written(flags, message, tmp_path):

@@ -42,10 +42,42 @@ def test_columns_are_found_where_there_is_one_of_the_kind():
         find_label_column(data, "other")
 
 
+def test_strings_are_classes_in_sorted_order_and_names_are_kept():
+    features = datasets.Features({"kind": datasets.ClassLabel(names=["b", "a", "z"]), "text": datasets.Value("string")})
+    rows = {"kind": [1, 0, 1, 0], "text": ["fox", "cat", "fox", "Ant"]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    assert read_labels(data, "kind") == ([1, 0, 1, 0], 2, ["b", "a"])
+    assert read_labels(data, "text") == ([2, 1, 2, 0], 3, ["Ant", "cat", "fox"])
+
+
+def test_label_columns_of_a_usual_name_are_found():
+    text = datasets.Value("string")
+    assert find_label_column(table(photo=datasets.Image(), label=text, caption=text)) == "label"
+    assert find_label_column(table(png=datasets.Image(), cls=datasets.Value("int64"), __key__=text)) == "cls"
+    assert find_label_column(table(label=text, kind=datasets.ClassLabel(2))) == "kind"
+    with pytest.raises(ValueError, match=r"\['label', 'cls'\] all qualify; choose one with label_column="):
+        find_label_column(table(label=text, cls=text))
+
+
+@pytest.mark.parametrize(
+    ("labels", "wrong"),
+    [
+        ([0, -1, 1], "row 1 is -1"),
+        ([0.5] * 3, "row 0 is 0.5"),
+        ([True] * 3, "row 0 is True"),
+        (["a", None, "b"], "row 1 is None"),
+    ],
+)
+def test_labels_that_are_refused(labels, wrong):
+    data = datasets.Dataset.from_dict({"label": labels})
+    with pytest.raises(ValueError, match=rf"must be integers from 0, or all strings; that of {wrong}\. Remove rows"):
+        read_labels(data, "label")
+
+
 def test_labels_count_the_classes_up_to_the_largest():
-    data = datasets.Dataset.from_dict({"label": [0, 3, 1, 1], "sparse": [0, 0, 0, 4], "text": ["a"] * 4})
-    assert read_labels(data, "label") == ([0, 3, 1, 1], 4)
+    data = datasets.Dataset.from_dict({"label": [0, 3, 1, 1], "sparse": [0, 0, 0, 4], "part": [0.5] * 4})
+    assert read_labels(data, "label") == ([0, 3, 1, 1], 4, None)
     with pytest.raises(ValueError, match="go up to 4, for 4 images"):
         read_labels(data, "sparse")
     with pytest.raises(ValueError, match="must be integers from 0"):
-        read_labels(data, "text")
+        read_labels(data, "part")

@@ -10,8 +10,8 @@ from PIL import Image
 
 from stf_diffusers import VE, STFTrainingObjective
 from stf_diffusers.training.data_set import load_split
-from stf_diffusers.training.image_data import ImageReader
-from stf_diffusers.training.streaming import ImageStream
+from stf_diffusers.training.image_reader import ImageReader
+from stf_diffusers.training.streaming import ImageStream, open_stream
 
 
 def numbered(count, shards=1):
@@ -112,6 +112,15 @@ def test_processes_share_the_stream_out(shards):
     parts = [take(stream_of(numbered(24, shards=shards), 3, 6, rank=rank, world=2), 2) for rank in range(2)]
     values = [torch.cat([batch["reference_images"].flatten() for batch in part]).tolist() for part in parts]
     assert not set(values[0]) & set(values[1])
+
+
+def test_names_of_streamed_classes():
+    stream = open_stream(numbered(6), batch_size=1, class_conditional=True)
+    assert stream.class_names == [str(number) for number in range(6)]
+    assert open_stream(numbered(6), batch_size=1).class_names is None
+    text = datasets.Dataset.from_dict({"image": [np.zeros((2, 2), np.uint8)] * 6, "label": list("abcabc")})
+    with pytest.raises(ValueError, match=r"column 'label' does not declare its classes .*, or leave streaming= out"):
+        open_stream(text.to_iterable_dataset(), batch_size=1, class_conditional=True)
 
 
 def test_labels_beyond_the_declared_classes_are_named(tmp_path):

@@ -28,8 +28,9 @@ Args:
     evaluations: of the network per image, where it is known.
     device, batch_size: for the features.
 Returns:
-    frechet_distance, kernel_distance, kernel_distance_standard_error, precision, recall, copies (share of predictions three
-    times closer to one datum than to any other, in pixels), measured (how, in one line), limits (why not comparable).
+    frechet_distance, kernel_distance, kernel_distance_standard_error (over fresh predictions and data), precision, recall,
+    copies (share of predictions three times closer to one datum than to any other, in pixels), measured (how, in one line),
+    limits (why not comparable).
 """
 
 _CITATION = """

@@ -1,0 +1,189 @@
+"""Data sets in files and folders on a disk: arrays, archives, folders of images."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from huggingface_hub import DatasetCard, cached_assets_path
+from huggingface_hub.utils import WeakFileLock
+
+from ..files import replacing
+
+logger = logging.getLogger(__name__)
+
+# By the end of a file's name, the builder of Datasets that reads it.
+_BUILDERS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".tar": "webdataset",
+}
+_SPLITS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
+
+
+def is_array_file(path: Path) -> bool:
+    return path.suffix in (".npy", ".npz") and path.is_file()
+
+
+def file_builder(path: Path, cache_dir: str | None) -> datasets.DatasetBuilder:
+    """The builder of Datasets for the data in a file.
+
+    Raises:
+        ValueError: a kind of file that is not known.
+    """
+    if path.suffix == ".zip":
+        return folder_builder(_extracted(path, cache_dir), cache_dir)
+    if path.suffix not in _BUILDERS:
+        known = ", ".join([*_BUILDERS, ".zip", ".npz", ".npy"])
+        raise ValueError(
+            f"files that end in {path.suffix!r} are not read; pass a folder, or a file that ends in {known}."
+        )
+    return datasets.load_dataset_builder(_BUILDERS[path.suffix], data_files=str(path), cache_dir=cache_dir)
+
+
+def folder_builder(
+    path: Path, cache_dir: str | None, config_name: str | None = None, *, images: bool = False
+) -> datasets.DatasetBuilder:
+    """The builder of Datasets for the data in a folder.
+
+    Datasets takes folders and files named like splits for splits, and leaves all others out. Where that would leave images
+    out, the names are taken for those of classes, and all images are the split "train".
+
+    Args:
+        path: the folder.
+        cache_dir: Datasets' cache.
+        config_name: a configuration that the folder's card declares.
+        images: read images alone, whatever else is there.
+    """
+    if images:
+        builder = datasets.load_dataset_builder("imagefolder", data_dir=str(path), cache_dir=cache_dir)
+    else:
+        builder = datasets.load_dataset_builder(str(path), config_name, cache_dir=cache_dir)
+    declared = (
+        not images and (path / "README.md").is_file() and DatasetCard.load(path / "README.md").data.get("configs")
+    )
+    if not hasattr(builder, "EXTENSIONS") or config_name is not None or declared:
+        return builder
+    folder = path.resolve()
+    there = sum(_is_visible_image(file, folder, builder) for file in folder.rglob("*"))
+    files = [file for split in builder.config.data_files.values() for file in split]
+    if sum(Path(file).suffix.lower() in builder.EXTENSIONS for file in files) >= there:
+        return builder
+    logger.info("%s: folders are classes, since not every image is in a folder of a split.", path)
+    return datasets.load_dataset_builder(
+        "imagefolder", data_dir=str(path), data_files={"train": "**"}, cache_dir=cache_dir
+    )
+
+
+def _is_visible_image(file: Path, folder: Path, builder: datasets.DatasetBuilder) -> bool:
+    # Datasets leaves out what begins with a dot, and folders of two underscores.
+    parts = file.relative_to(folder).parts
+    hidden = any(part.startswith(".") for part in parts) or any(part.startswith("__") for part in parts[:-1])
+    return file.suffix.lower() in builder.EXTENSIONS and not hidden
+
+
+def _stamp(path: Path) -> str:
+    """What tells this state of a file from others."""
+    stat = path.stat()
+    return hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+
+
+def _extracted(path: Path, cache_dir: str | None) -> Path:
+    """The folder in Hugging Face's cache that holds the files of an archive.
+
+    (Not Datasets' `DownloadManager.extract`: it knows an archive by its path alone, and gives the old files of a new one.)
+    """
+    folder = cached_assets_path("stf_diffusers", "archives", assets_dir=cache_dir) / f"{path.stem}-{_stamp(path)}"
+    with WeakFileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            with zipfile.ZipFile(path) as archive, replacing(folder) as place:
+                archive.extractall(place)
+    return folder
+
+
+def read_arrays(path: Path, cache_dir: str | None) -> dict[str, datasets.Dataset]:
+    """The splits of a NumPy file.
+
+    A .npy file is images (N, H, W), (N, H, W, C) or (N, C, H, W). A .npz file holds such an array, with labels (N,) or
+    (N, 1) where there are some; or several of them, whose names say the split ("x_train", "test_images").
+
+    Raises:
+        ValueError: no images, more than one array that may be those, or labels that are not one for each.
+    """
+    arrays = {split: _images_and_labels(path, names) for split, names in _names_of_splits(path).items()}
+    return {split: _as_dataset(path, *names, cache_dir) for split, names in arrays.items()}
+
+
+def _array(path: Path, name: str) -> np.ndarray[Any, Any]:
+    found = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
+    array: np.ndarray[Any, Any] = found if path.suffix == ".npy" else found[name]
+    return array
+
+
+def _names_of_splits(path: Path) -> dict[str, list[str]]:
+    if path.suffix == ".npy":
+        return {"train": ["images"]}
+    with np.load(path, allow_pickle=False) as file:
+        names = list(file)
+    splits: dict[str, list[str]] = {}
+    for name in names:
+        said = [_SPLITS[part] for part in name.lower().split("_") if part in _SPLITS]
+        splits.setdefault(said[0] if said else "train", []).append(name)
+    return splits
+
+
+def _images_and_labels(path: Path, names: list[str]) -> tuple[str, str | None]:
+    """The names of the arrays of images and of labels."""
+    shapes = {name: _array(path, name).shape for name in names}
+    images = [name for name, shape in shapes.items() if len(shape) in (3, 4)]
+    if len(images) != 1:
+        raise ValueError(
+            f"one array of images is needed, (N, H, W), (N, H, W, C) or (N, C, H, W); the file has {shapes}. Save the images "
+            "under one name."
+        )
+    count = shapes[images[0]][0]
+    labels = [name for name, shape in shapes.items() if shape in ((count,), (count, 1))]
+    others = sorted(set(shapes) - set(images) - set(labels))
+    if len(labels) > 1 or others:
+        raise ValueError(
+            f"beside the images {images[0]!r}, one array of {count} labels is read; the file has {shapes}. Leave the others out."
+        )
+    return images[0], labels[0] if labels else None
+
+
+def _as_dataset(path: Path, image_name: str, label_name: str | None, cache_dir: str | None) -> datasets.Dataset:
+    images = _array(path, image_name)
+    shape = images.shape[1:]
+    kind = datasets.Array2D if len(shape) == 2 else datasets.Array3D
+    features: dict[str, Any] = {"image": kind(shape, images.dtype.name)}
+    if label_name is not None:
+        features["label"] = _label_feature(_array(path, label_name).reshape(-1))
+    return datasets.Dataset.from_generator(
+        _rows,
+        features=datasets.Features(features),
+        cache_dir=cache_dir,
+        gen_kwargs={"path": path, "image_name": image_name, "label_name": label_name, "stamp": _stamp(path)},
+    )
+
+
+def _label_feature(labels: np.ndarray[Any, Any]) -> Any:
+    if labels.dtype.kind == "U":
+        return datasets.ClassLabel(names=np.unique(labels).tolist())
+    return datasets.Value(labels.dtype.name)
+
+
+def _rows(path: Path, image_name: str, label_name: str | None, stamp: str) -> Iterator[dict[str, Any]]:
+    """The rows of a NumPy file; Datasets keeps them under its arguments, of which the stamp changes with the file."""
+    images = _array(path, image_name)
+    labels = None if label_name is None else _array(path, label_name).reshape(-1).tolist()
+    for index, image in enumerate(images):
+        yield {"image": image} if labels is None else {"image": image, "label": labels[index]}

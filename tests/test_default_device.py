@@ -1,0 +1,71 @@
+"""Tensors on the CPU work whatever the default device is. The meta device stands for a GPU: nothing can be read from it."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+from oracles import images
+from stf_diffusers import (
+    EDM,
+    VE,
+    VP,
+    FlowMatching,
+    ReferenceBank,
+    ReferenceBatchCollator,
+    ReferenceBatchSampler,
+    STFTrainingObjective,
+    posterior_mean,
+    target_variance,
+)
+
+X, LABELS = images(12, 3, 4, 4), torch.arange(12) % 3
+PIXELS = ((X + 1) * 127).to(torch.uint8)
+SCHEDULERS = [DDPMScheduler(), EulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler()]
+
+
+@pytest.fixture(autouse=True)
+def other_default_device() -> Iterator[None]:
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("sigma", [0.01, 2.0])
+@pytest.mark.parametrize("references", [X, PIXELS], ids=["float", "uint8"])
+def test_posterior_mean(references, sigma):
+    assert posterior_mean(X, references, alpha=1.0, sigma=sigma).mean.isfinite().all()
+
+
+@pytest.mark.parametrize("process", [EDM(), VE(), VP(), FlowMatching()], ids=lambda process: type(process).__name__)
+def test_objective(process):
+    for more in ({}, {"labels": LABELS, "reference_labels": LABELS}):
+        batch = STFTrainingObjective(process).perturb(X, reference=X, **more)
+        assert batch.target.device.type == "cpu" and batch.target.isfinite().all()
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda scheduler: type(scheduler).__name__)
+def test_schedulers(scheduler):
+    assert STFTrainingObjective.from_scheduler(scheduler).perturb(X, reference=X).target.isfinite().all()
+
+
+def test_bank():
+    bank = ReferenceBank(PIXELS, LABELS, augmentation="horizontal_flip")
+    index = torch.arange(12, device="cpu")
+    for more in ({}, {"labels": LABELS}, {"subset_size": 12, "source_index": index, "labels": LABELS}):
+        assert bank.posterior_mean(X, 1.0, 2.0, **more).mean.isfinite().all()
+
+
+def test_lists_and_batches():
+    assert len(next(iter(ReferenceBatchSampler(12, 2, 6)))) == 6
+    assert len(next(iter(ReferenceBatchSampler(12, 2, 6, labels=LABELS)))) == 6
+    batch = ReferenceBatchCollator(2)([{"images": np.zeros((3, 4, 4), np.float32), "label": 1}] * 4)
+    assert {tensor.device.type for tensor in batch.values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("labels", [None, LABELS])
+def test_target_variance(labels):
+    found = target_variance(EDM(), X, [2.0], reference_batch_sizes=[2], num_samples=4, labels=labels)[0]
+    assert found.factor("epsilon") > 0 and found.dsm.value > 0

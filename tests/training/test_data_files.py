@@ -1,0 +1,164 @@
+"""Files and folders: archives, arrays, and folders whose names say classes or splits."""
+
+import shutil
+import tarfile
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from stf_diffusers.training.data_set import load_split, read_labels
+from stf_diffusers.training.image_data import open_images
+
+
+def pictures(folder, *names):
+    """Images 8x8 at these places; the red value is the place's number."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / name)
+    return str(folder)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(...): as `load_split`, with a cache of its own."""
+    return lambda *args, **how: load_split(*args, cache_dir=str(tmp_path / "cache"), **how)
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["cat/0.png", "cat/1.png", "dog/2.png"], ["cat", "dog"]),
+        (["animals/cat/0.png", "animals/cat/1.png", "animals/dog/2.png"], ["cat", "dog"]),
+        (["train/0.png", "car/1.png", "bus/2.png"], ["bus", "car", "train"]),
+        (["cat/0.png", "dog/1.png", "test/2.png"], ["cat", "dog", "test"]),
+        (["train/cat/0.png", "train/dog/1.png", "car/bmw/2.png"], ["bmw", "cat", "dog"]),
+    ],
+)
+@pytest.mark.parametrize("how", ["dataset_name", "train_data_dir"])
+def test_folders_of_classes_whatever_their_names(names, classes, how, load, tmp_path):
+    """Datasets takes "train" and "test" for splits, and leaves the other folders out."""
+    data = load(**{how: pictures(tmp_path / "data", *names)})
+    assert data.features["label"].names == classes and len(data) == 3
+
+
+def test_an_image_outside_of_every_split_makes_all_of_them_training_images(load, tmp_path):
+    assert len(load(pictures(tmp_path / "data", "img_test_0.png", "img_1.png"))) == 2
+
+
+def test_folders_of_splits(load, tmp_path):
+    folder = pictures(tmp_path / "data", "train/cat/0.png", "train/dog/1.png", "test/cat/2.png", "test/dog/3.png")
+    (tmp_path / "data" / "notes.txt").write_text("not an image")
+    for split, reds in (("train", [0, 1]), ("test", [2, 3]), ("train+test", [0, 1, 2, 3]), ("train[:1]", [0])):
+        found = load(folder, split=split)
+        assert [image.getpixel((0, 0))[0] for image in found["image"]] == reds
+        assert found.features["label"].names == ["cat", "dog"]
+    with pytest.raises(ValueError, match=r"no 'dev' split; it has \['test', 'train'\]\. Choose one with split="):
+        load(folder, split="dev")
+    with pytest.raises(ValueError, match=r"no 'dev' split; it has \['test', 'train'\]\. Choose one with split="):
+        load(folder, split="dev", streaming=True)
+    with pytest.raises(ValueError, match="no 'test' split; it has"):
+        load(split="test")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_zip_archives_are_folders(streaming, load, tmp_path):
+    pictures(tmp_path / "data", "cat/0.png", "dog/1.png", "test/2.png")
+    archive = shutil.make_archive(str(tmp_path / "data"), "zip", tmp_path / "data")
+    data = load(archive, streaming=streaming)
+    assert data.features["label"].names == ["cat", "dog", "test"] and len(list(data)) == 3
+    assert len(load(train_data_dir=archive)) == 3
+
+
+def test_a_new_archive_of_the_same_name_is_read_anew(load, tmp_path):
+    for count in (2, 5):
+        pictures(tmp_path / "data", *(f"{number}.png" for number in range(count)))
+        assert len(load(shutil.make_archive(str(tmp_path / "data"), "zip", tmp_path / "data"))) == count
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tar_archives_are_web_datasets(streaming, load, tmp_path):
+    pictures(tmp_path / "data", *(f"{number}.png" for number in range(4)))
+    with tarfile.open(tmp_path / "data.tar", "w") as archive:
+        for number in range(4):
+            (tmp_path / "data" / f"{number}.cls").write_text(str(number % 2))
+            for kind in ("png", "cls"):
+                archive.add(tmp_path / "data" / f"{number}.{kind}", f"{number}.{kind}")
+    data = load(str(tmp_path / "data.tar"), streaming=streaming)
+    assert [row["png"].getpixel((0, 0))[0] for row in data] == [0, 1, 2, 3]
+    if not streaming:
+        assert open_images(data, class_conditional=True, image_cache=False).labels.tolist() == [0, 1, 0, 1]
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 5, 5, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (IMAGES, IMAGES.transpose(0, 3, 1, 2)),
+        (IMAGES.transpose(0, 3, 1, 2), IMAGES.transpose(0, 3, 1, 2)),
+        (IMAGES[..., 0], IMAGES[:, None, :, :, 0]),
+        (IMAGES[..., :1], IMAGES[:, None, :, :, 0]),
+        (IMAGES[..., 0].astype(np.int64), IMAGES[:, None, :, :, 0]),
+        (IMAGES[..., 0].astype(np.uint16) * 257, IMAGES[:, None, :, :, 0]),
+    ],
+)
+def test_arrays_of_images(array, expected, load, tmp_path):
+    path = str(tmp_path / "images.npy")
+    np.save(path, array)
+    assert np.array_equal(open_images(load(path), image_cache=False).images, expected)
+    assert len(list(load(path, streaming=True))) == 6
+
+
+def test_arrays_with_labels(load, tmp_path):
+    path = str(tmp_path / "data.npz")
+    np.savez(path, images=IMAGES, labels=np.array([[2], [0], [1], [1], [0], [2]]))
+    images = open_images(load(path), class_conditional=True, image_cache=False)
+    assert images.labels.tolist() == [2, 0, 1, 1, 0, 2] and images.class_names is None
+    np.savez(
+        path, images=IMAGES[:4], labels=np.array(["dog", "cat", "dog", "cat"])
+    )  # the file of that name has changed
+    data = load(path)
+    assert read_labels(data, "label") == ([1, 0, 1, 0], 2, ["cat", "dog"])
+
+
+@pytest.mark.parametrize("names", ["x_{}", "{}_images"])
+def test_arrays_of_splits(names, load, tmp_path):
+    """As Keras and MedMNIST name them."""
+    path, labels = str(tmp_path / "mnist.npz"), names.replace("x", "y").replace("images", "labels")
+    arrays = {}
+    for split, rows in (("train", slice(0, 4)), ("test", slice(4, 6))):
+        arrays |= {names.format(split): IMAGES[rows], labels.format(split): np.arange(6)[rows]}
+    np.savez(path, **arrays)
+    assert Counter(load(path)["label"]) == Counter(range(4)) and list(load(path, split="test")["label"]) == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"a": IMAGES, "b": IMAGES}, "one array of images is needed"),
+        ({"a": np.zeros((4, 9))}, "one array of images is needed"),
+        ({"a": IMAGES, "y": np.zeros(5, int)}, "one array of 6 labels is read"),
+        ({"a": IMAGES, "y": np.zeros(6, int), "z": np.zeros(6, int)}, "one array of 6 labels is read"),
+        ({"a": IMAGES, "y": np.array([{}] * 6)}, "allow_pickle=False"),
+    ],
+)
+def test_arrays_that_are_refused(arrays, message, load, tmp_path):
+    np.savez(tmp_path / "data.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"data\.npz.* cannot be read: .*{message}"):
+        load(str(tmp_path / "data.npz"))
+
+
+def test_other_files_are_refused(load, tmp_path):
+    (tmp_path / "data.rar").write_bytes(b"what is this")
+    with pytest.raises(ValueError, match=r"'\.rar' are not read; pass a folder, or a file that ends in \.parquet"):
+        load(str(tmp_path / "data.rar"))
+    (tmp_path / "data.zip").write_bytes(b"not an archive")
+    with pytest.raises(ValueError, match=r"data\.zip' cannot be read: File is not a zip file"):
+        load(str(tmp_path / "data.zip"))
+    pictures(tmp_path / "data", "0.png")
+    datasets.load_dataset(str(tmp_path / "data"), split="train").to_parquet(tmp_path / "data.parquet")
+    assert len(load(str(tmp_path / "data.parquet"))) == 1

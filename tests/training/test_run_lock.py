@@ -1,0 +1,79 @@
+"""One run at a time in a folder, and as many processes as were announced."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from stf_diffusers.training.run_lock import LOCK, RunLock, check_number_of_processes
+from tiny import ROOT
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from stf_diffusers.training.run_lock import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
+    folder = tmp_path / "run"
+    process = hold(folder)
+    with pytest.raises(ValueError, match=rf"another run is at work in .*process {process.pid} on"), RunLock(folder):
+        pass
+    assert folder.is_dir(), "it is the other run's"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (folder / LOCK).exists(), "nobody was there to remove it"
+    with RunLock(folder):
+        pass
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path):
+    with pytest.raises(KeyError), RunLock(tmp_path / "a" / "run"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(KeyError), RunLock(tmp_path / "mine"):
+        raise KeyError
+    assert (tmp_path / "mine").is_dir()
+
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
+
+
+@pytest.mark.parametrize(
+    ("running", "environment"),
+    [
+        (1, {}),
+        (1, LAUNCHED),
+        (1, {"MASTER_ADDR": "10.0.0.1"}),  # of a cluster's own making
+        (2, {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", **LAUNCHED}),
+        (1, {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}),
+    ],
+)
+def test_as_many_processes_as_announced(running, environment):
+    check_number_of_processes(running, environment)
+
+
+@pytest.mark.parametrize(
+    ("running", "environment", "message"),
+    [
+        (1, {"WORLD_SIZE": "2", **LAUNCHED}, "announced 2 processes"),
+        (1, {"MASTER_ADDR": "127.0.0.1", **LAUNCHED}, "was given several processes"),
+    ],
+)
+def test_fewer_processes_than_announced(running, environment, message):
+    with pytest.raises(ValueError, match=message):
+        check_number_of_processes(running, environment)
