@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -40,6 +41,15 @@ def _training_table(scheduler: Any, fresh: Any) -> _TrainingTable | None:
     return None
 
 
+def _velocity_is_backward(fresh: Any, table: _TrainingTable, prediction_type: str) -> bool:
+    """Whether `get_velocity` takes another alpha than belongs to a timestep, for a scheduler that predicts velocities."""
+    if table.family != "sigmas" or prediction_type != "v_prediction" or not hasattr(fresh, "get_velocity"):
+        return False
+    first = table.timesteps[-1:].to(torch.float32)
+    own = fresh.get_velocity(torch.zeros(1, device="cpu"), torch.ones(1, device="cpu"), first)
+    return not torch.allclose(own, (1 + table.sigmas[-1:] ** 2).rsqrt(), rtol=1e-3)
+
+
 class SchedulerProcess(NoiseProcess):
     """The forward process of a Diffusers scheduler, at its training timesteps, in the scheduler's own arithmetic.
 
@@ -48,7 +58,8 @@ class SchedulerProcess(NoiseProcess):
     is what Diffusers' training scripts use with it.
 
     The multistep solvers of the first family (DPM-Solver, DEIS, UniPC) read their noise table backwards in `add_noise`
-    until `set_timesteps` is called (`add_noise_is_backward`). Here they have the process that they sample.
+    until `set_timesteps` is called (`add_noise_is_backward`). Here they have the process that they sample. So does
+    `EulerDiscreteScheduler`, whose `get_velocity` reads its table backwards (`velocity_is_backward`).
 
     Args:
         scheduler: an instance of a Diffusers scheduler. It is read, not changed; timesteps set for sampling on it do
@@ -57,8 +68,9 @@ class SchedulerProcess(NoiseProcess):
             first family. In training, a time that is no timestep is a mistake, and raises ValueError without this.
 
     Raises:
-        TypeError: the scheduler belongs to none of the families, or to one that cannot be interpolated.
-        ValueError: its `prediction_type` is unknown, or its tables do not describe growing noise.
+        TypeError: the scheduler belongs to none of the families, is one of flow maps, or cannot be interpolated.
+        ValueError: its `prediction_type` is unknown or of another process (flow_prediction without flow sigmas), or its
+            tables do not describe growing noise.
     """
 
     def __init__(self, scheduler: Any, *, interpolate: bool = False) -> None:
@@ -93,11 +105,23 @@ class SchedulerProcess(NoiseProcess):
                 "the process as EDM, VE, VP or FlowMatching."
             )
         if self.family == "flow":
+            if "r_timestep" in inspect.signature(fresh.step).parameters:
+                raise TypeError(
+                    f"{self.scheduler_name} samples flow maps, whose networks see two times and are not trained on a target "
+                    "of one. Use FlowMatchEulerDiscreteScheduler, or stf_diffusers.FlowMatching."
+                )
             self.prediction_type = "flow_prediction"
         if self.family == "alphas_cumprod" and hasattr(fresh, "index_for_timestep"):
             own = fresh.add_noise(torch.zeros(1, device="cpu"), torch.ones(1, device="cpu"), timesteps[-1:])
             self.add_noise_is_backward = not torch.allclose(own, sigmas[-1:])
+        self.velocity_is_backward = _velocity_is_backward(fresh, found, self.prediction_type)
         if self.family in ("alphas_cumprod", "sigmas"):
+            if self.prediction_type == "flow_prediction":
+                raise ValueError(
+                    f"{self.scheduler_name} with prediction_type='flow_prediction' keeps the noise of a diffusion process, "
+                    "which flow matching does not have. Use FlowMatchEulerDiscreteScheduler, or "
+                    "stf_diffusers.FlowMatching; for this prediction on this noise pass prediction_type= to the objective."
+                )
             prediction_coefficients(self.prediction_type, alphas, sigmas)  # an unknown type is an error here
         elif self.family == "edm" and self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(

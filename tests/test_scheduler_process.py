@@ -217,6 +217,24 @@ def test_flow_sigmas_are_refused():
             SchedulerProcess(scheduler)
 
 
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "UniPCMultistep", "DDPM", "EulerDiscrete"])
+def test_flow_predictions_without_flow_sigmas_are_refused(name):
+    """DPM-Solver takes that prediction for flow sigmas alone; the table of any of these is a diffusion process's."""
+    scheduler = getattr(diffusers, f"{name}Scheduler")(prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match=r"keeps the noise of a diffusion process.*FlowMatchEulerDiscreteScheduler"):
+        SchedulerProcess(scheduler)
+
+
+def test_flow_maps_are_refused():
+    scheduler = getattr(diffusers, "FlowMapEulerDiscreteScheduler", None)
+    if scheduler is None:
+        pytest.skip("this Diffusers has no flow maps")
+    with pytest.raises(
+        TypeError, match=r"samples flow maps, whose networks see two times.*stf_diffusers\.FlowMatching"
+    ):
+        SchedulerProcess(scheduler())
+
+
 def test_unknown_prediction_types_are_refused():
     with pytest.raises(ValueError, match="prediction_type must be one of"):
         SchedulerProcess(diffusers.DDPMScheduler(prediction_type="x1"))

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def _extracted(path: Path, cache_dir: str | None) -> Path:
     with WeakFileLock(folder.with_suffix(".lock")):
         if not folder.is_dir():
             with zipfile.ZipFile(path) as archive, replacing(folder) as place:
+                place.mkdir()  # for an archive without files too
                 archive.extractall(place)
     return folder
 
@@ -124,15 +126,27 @@ def read_arrays(path: Path, cache_dir: str | None) -> dict[str, datasets.Dataset
 
 
 def _array(path: Path, name: str) -> np.ndarray[Any, Any]:
-    found = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
-    array: np.ndarray[Any, Any] = found if path.suffix == ".npy" else found[name]
+    with _explained():
+        file = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
+        array: np.ndarray[Any, Any] = file if path.suffix == ".npy" else file[name]
     return array
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """NumPy's errors would have the user load pickled objects."""
+    try:
+        yield
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            "the file is damaged, or holds Python objects, which are not read. Save arrays of numbers or strings."
+        ) from error
 
 
 def _names_of_splits(path: Path) -> dict[str, list[str]]:
     if path.suffix == ".npy":
         return {"train": ["images"]}
-    with np.load(path, allow_pickle=False) as file:
+    with _explained(), np.load(path, allow_pickle=False) as file:
         names = list(file)
     splits: dict[str, list[str]] = {}
     for name in names:
@@ -151,11 +165,13 @@ def _images_and_labels(path: Path, names: list[str]) -> tuple[str, str | None]:
             "under one name."
         )
     count = shapes[images[0]][0]
+    if not count:
+        raise ValueError(f"the array {images[0]!r} holds no images.")
     labels = [name for name, shape in shapes.items() if shape in ((count,), (count, 1))]
     others = sorted(set(shapes) - set(images) - set(labels))
     if len(labels) > 1 or others:
         raise ValueError(
-            f"beside the images {images[0]!r}, one array of {count} labels is read; the file has {shapes}. Leave the others out."
+            f"beside the images {images[0]!r}, one array of {count} labels, a class each, is read; the file has {shapes}. Leave the others out."
         )
     return images[0], labels[0] if labels else None
 
@@ -166,13 +182,18 @@ def _as_dataset(path: Path, image_name: str, label_name: str | None, cache_dir: 
     kind = datasets.Array2D if len(shape) == 2 else datasets.Array3D
     features: dict[str, Any] = {"image": kind(shape, images.dtype.name)}
     if label_name is not None:
-        features["label"] = _label_feature(_array(path, label_name).reshape(-1))
+        features["label"] = _label_feature(_labels(path, label_name))
     return datasets.Dataset.from_generator(
         _rows,
         features=datasets.Features(features),
         cache_dir=cache_dir,
         gen_kwargs={"path": path, "image_name": image_name, "label_name": label_name, "stamp": _stamp(path)},
     )
+
+
+def _labels(path: Path, name: str) -> np.ndarray[Any, Any]:
+    labels = _array(path, name).reshape(-1)
+    return labels.astype(str) if labels.dtype.kind == "S" else labels
 
 
 def _label_feature(labels: np.ndarray[Any, Any]) -> Any:
@@ -184,6 +205,6 @@ def _label_feature(labels: np.ndarray[Any, Any]) -> Any:
 def _rows(path: Path, image_name: str, label_name: str | None, stamp: str) -> Iterator[dict[str, Any]]:
     """The rows of a NumPy file; Datasets keeps them under its arguments, of which the stamp changes with the file."""
     images = _array(path, image_name)
-    labels = None if label_name is None else _array(path, label_name).reshape(-1).tolist()
+    labels = None if label_name is None else _labels(path, label_name).tolist()
     for index, image in enumerate(images):
         yield {"image": image} if labels is None else {"image": image, "label": labels[index]}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +52,8 @@ def load_split(
         train_data_dir: a folder of images.
         cache_dir: where downloads are kept.
         streaming: return an `IterableDataset`.
-        split: name of the split; data without splits are "train". Of what Datasets itself reads also "train[:1000]",
-            "train+test" or "all", without `streaming`.
+        split: name of the split; data without splits are "train". Where the data are stored also "train[:1000]",
+            "train+test" or "all".
 
     Raises:
         ValueError: there is no such data set, or no such split.
@@ -102,7 +103,12 @@ def _of_splits(
     splits: dict[str, datasets.Dataset], split: str, streaming: bool
 ) -> datasets.Dataset | datasets.IterableDataset:
     _check_split(split, splits)
-    return splits[split].to_iterable_dataset() if streaming else splits[split]
+    sizes = {name: len(part) for name, part in splits.items()}
+    with _split_errors(split):
+        parts = datasets.ReadInstruction.from_spec("+".join(splits) if split == "all" else split).to_absolute(sizes)
+        found = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    whole = splits[split] if split in splits else datasets.concatenate_datasets(found)
+    return whole.to_iterable_dataset() if streaming else whole
 
 
 def _of_builder(
@@ -110,16 +116,28 @@ def _of_builder(
 ) -> datasets.Dataset | datasets.IterableDataset:
     if streaming:
         streams = builder.as_streaming_dataset()
-        _check_split(split, streams)
+        if split not in streams:
+            raise NoSuchSplit(
+                f"the data set has no {split!r} split; it has {sorted(streams)}. Choose one with split=; a stream is read whole."
+            )
         return streams[split]
     builder.download_and_prepare()
-    if split.isidentifier() and split != "all":
-        _check_split(split, builder.info.splits)
-    return builder.as_dataset(split=split)
+    _check_split(split, builder.info.splits)
+    with _split_errors(split):
+        return builder.as_dataset(split=split)
+
+
+@contextmanager
+def _split_errors(split: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise NoSuchSplit(f"split={split!r}: {error}") from error
 
 
 def _check_split(split: str, splits: Iterable[str]) -> None:
-    if split not in splits:
+    # What is no name is an expression, for Datasets.
+    if split.isidentifier() and split != "all" and split not in splits:
         raise NoSuchSplit(f"the data set has no {split!r} split; it has {sorted(splits)}. Choose one with split=.")
 
 
@@ -197,7 +215,7 @@ def find_label_column(dataset: datasets.Dataset | datasets.IterableDataset, requ
     column = find_column(dataset, declared or usual, requested, "label_column")
     if column is None:
         raise ValueError(
-            f"class_conditional=True: no class labels among {dataset.column_names}; name a column with label_column=."
+            f"class_conditional=True: no class labels among {dataset.column_names}; name a column of integers or strings with label_column=, or leave class_conditional= out."
         )
     return column
 
@@ -246,3 +264,8 @@ def read_labels(dataset: datasets.Dataset, column: str) -> Labels:
 
 def is_class(label: object) -> bool:
     return isinstance(label, int) and not isinstance(label, bool) and label >= 0
+
+
+def public_name(name: str | None) -> str | None:
+    """A name on the Hub as it is; of a local path, the last part only."""
+    return Path(name).resolve().name if name is not None and Path(name).exists() else name

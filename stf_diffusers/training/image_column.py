@@ -86,10 +86,11 @@ def without_corrupt(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
 
 
 def _readable(value: Any) -> dict[str, bool]:
-    if not isinstance(value, dict):  # pixels
-        return {"readable": value is not None}
     try:
-        datasets.Image().decode_example(value)
+        if isinstance(value, dict):
+            datasets.Image().decode_example(value)
+        else:  # pixels, of which those that fit no array are corrupt
+            return {"readable": value is not None and np.asarray(value).dtype != object}
     # PIL's decoders raise errors of many kinds.
     except Exception:
         return {"readable": False}
@@ -120,7 +121,11 @@ def to_image(value: Any, dtype: np.dtype[Any] | None = None) -> Image.Image | No
     if value is None:
         return None
     if not isinstance(value, Image.Image):
-        return Image.fromarray(_pixels(np.asarray(value, dtype)))
+        try:
+            array = np.asarray(value, dtype)
+        except ValueError as error:
+            raise ValueError("has rows of different lengths. Repair it, or leave the row out.") from error
+        return Image.fromarray(_pixels(array))
     if value.mode not in _SIXTEEN_BITS:
         return value
     levels = np.asarray(value)
@@ -138,6 +143,8 @@ def _eight_bits(levels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _pixels(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Pixels as PIL reads them: uint8 (H, W) or (H, W, C)."""
+    if array.dtype == object:  # as NumPy's format of Datasets gives them
+        raise ValueError("has rows of different lengths. Repair it, or leave the row out.")
     if array.dtype.kind not in "ui":
         raise ValueError(f"has pixels of {array.dtype}. Convert them to uint8, 0 to 255.")
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):

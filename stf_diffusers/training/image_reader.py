@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,8 +112,11 @@ def make_reader(
     if sides is not None and (len(sides) not in (1, 2) or min(sides) < 1):
         raise ValueError(f"resolution={sides}: pass one side, or height and width, each at least 1.")
     if isinstance(dataset, datasets.IterableDataset):
-        value = next(iter(dataset), {column: None})[column]
-        first = to_image(value, pixel_dtype(dataset.features[column]))
+        try:
+            value = next(iter(dataset), {column: None})[column]
+        except Exception as error:
+            raise undecodable(0, error, " or leave it out") from error
+        first = named(0, to_image, value, pixel_dtype(dataset.features[column]))
     else:
         first = decode(dataset, column, [0])[0]
     if first is None:
@@ -135,14 +138,18 @@ def decode(dataset: datasets.Dataset, column: str, rows: list[int]) -> list[Imag
         ValueError: one cannot be decoded; names it.
     """
     try:
-        return [to_image(value) for value in dataset[rows][column]]
+        values = dataset[rows][column]
     except Exception as error:
         if len(rows) > 1:
             for row in rows:
                 decode(dataset, column, [row])
-        raise ValueError(
-            f"image {rows[0]} cannot be decoded: {error}. Repair it, or leave it out with skip_corrupt=True."
-        ) from error
+        raise undecodable(rows[0], error, ", or leave it out with skip_corrupt=True") from error
+    return [named(row, to_image, value) for row, value in zip(rows, values, strict=True)]
+
+
+def undecodable(row: int, error: Exception, otherwise: str) -> ValueError:
+    """What to raise where PIL or Datasets fails."""
+    return ValueError(f"image {row} cannot be decoded: {str(error).rstrip('.')}. Repair it{otherwise}.")
 
 
 def decode_all(
@@ -167,7 +174,13 @@ def decode_all(
 
 def read_row(reader: ImageReader, row: int, image: Any, draw: random.Random) -> Tensor:
     """`reader(image, draw)`, whose errors name the row."""
+    pixels: Tensor = named(row, reader, image, draw)
+    return pixels
+
+
+def named(row: int, read: Callable[..., Any], *arguments: Any) -> Any:
+    """`read(*arguments)`, whose errors name the row."""
     try:
-        return reader(image, draw)
+        return read(*arguments)
     except (ValueError, OSError) as error:
         raise ValueError(f"image {row} {error}") from error

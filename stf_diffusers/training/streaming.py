@@ -18,7 +18,7 @@ from ..reference_batch import ReferenceBatchSampler
 from .data_set import find_image_column, find_label_column, is_class
 from .image_column import is_encoded, pixel_dtype, to_image, with_images
 from .image_data import standard_deviation_of
-from .image_reader import ImageReader, make_reader, read_row
+from .image_reader import ImageReader, make_reader, named, read_row, undecodable
 from .sources import TrainingImages
 
 
@@ -130,7 +130,7 @@ class ImageStream(TrainingImages):
             torch.stack([summary["levels"] for summary in summaries]).sum(0)
         )
 
-    def digest(self) -> str:
+    def digest(self, at_most: int = 256) -> str:
         """A digest of the images and labels that the stream begins with."""
         return self._digest
 
@@ -165,12 +165,13 @@ class ImageStream(TrainingImages):
     def _decode(self, place: int) -> None:
         example = self._examples[place]
         index, draw = example["index"], random.Random(f"{self.seed}/{example['pass']}/{example['index']}")
-        try:
-            value = example[self.column]
-            stored = value is not None and self._dtype is None
-            image = to_image(self._decoder.decode_example(value) if stored else value, self._dtype)
-        except Exception as error:
-            raise ValueError(f"image {index} cannot be decoded: {error}. Repair it or leave it out.") from error
+        value = example[self.column]
+        if value is not None and self._dtype is None:
+            try:
+                value = self._decoder.decode_example(value)
+            except Exception as error:
+                raise undecodable(index, error, " or leave it out") from error
+        image = named(index, to_image, value, self._dtype)
         self._pixels[place] = read_row(self.reader, index, image, draw)
         if self.label_column is not None:
             label = example[self.label_column]

@@ -141,15 +141,37 @@ def test_arrays_of_splits(names, load, tmp_path):
     [
         ({"a": IMAGES, "b": IMAGES}, "one array of images is needed"),
         ({"a": np.zeros((4, 9))}, "one array of images is needed"),
-        ({"a": IMAGES, "y": np.zeros(5, int)}, "one array of 6 labels is read"),
-        ({"a": IMAGES, "y": np.zeros(6, int), "z": np.zeros(6, int)}, "one array of 6 labels is read"),
-        ({"a": IMAGES, "y": np.array([{}] * 6)}, "allow_pickle=False"),
+        ({"a": IMAGES, "y": np.zeros(5, int)}, "one array of 6 labels, a class each, is read"),
+        ({"a": IMAGES, "y": np.zeros(6, int), "z": np.zeros(6, int)}, "one array of 6 labels, a class each, is read"),
+        ({"a": IMAGES[:0]}, "'a' holds no images"),
+        ({"a": IMAGES, "y": np.array([{}] * 6)}, "is damaged, or holds Python objects, which are not read"),
     ],
 )
 def test_arrays_that_are_refused(arrays, message, load, tmp_path):
     np.savez(tmp_path / "data.npz", **arrays)
     with pytest.raises(ValueError, match=rf"data\.npz.* cannot be read: .*{message}"):
         load(str(tmp_path / "data.npz"))
+
+
+@pytest.mark.parametrize("kind", ["arrays", "save_to_disk", "parquet"])
+def test_parts_of_splits(kind, load, tmp_path):
+    path = tmp_path / {"arrays": "data.npz", "save_to_disk": "data", "parquet": "data.parquet"}[kind]
+    if kind == "arrays":
+        np.savez(path, x_train=IMAGES[:4], x_test=IMAGES[4:])
+    else:
+        rows = datasets.Dataset.from_dict({"image": IMAGES.tolist()})
+        parts = datasets.DatasetDict(train=rows.select(range(4)), test=rows.select(range(4, 6)))
+        parts.save_to_disk(path) if kind == "save_to_disk" else rows.to_parquet(path)
+    every = 2 if kind == "parquet" else 1
+    sizes = {"train[1:3]": 2, "train[:50%]": 2 + (every - 1), "train": 4 + 2 * (every - 1), "all": 6}
+    for split, size in sizes.items():
+        assert len(load(str(path), split=split)) == size
+    if kind != "parquet":
+        assert len(load(str(path), split="test+train[:1]")) == 3
+    with pytest.raises(ValueError, match=r"split='train\[x\]': Unrecognized instruction format"):
+        load(str(path), split="train[x]")
+    with pytest.raises(ValueError, match="the data set has no 'dev' split"):
+        load(str(path), split="dev")
 
 
 def test_other_files_are_refused(load, tmp_path):

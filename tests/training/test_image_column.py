@@ -161,6 +161,28 @@ def test_corrupt_images_are_left_out_where_that_is_asked(image_memory_gb, caplog
         open_images(data.select([0, 7]), skip_corrupt=True)
 
 
+def test_streamed_images_that_cannot_be_read_are_named():
+    """The first one too, which says how the others are read."""
+    for files, says in (
+        ([b"no image", FILES[0]], "image 0 cannot be decoded"),
+        ([FILES[0], b"no image"], "image 1 cannot"),
+    ):
+        with pytest.raises(ValueError, match=rf"{says}.*\. Repair it or leave it out\."):
+            open_stream(table(files, datasets.Value("binary")).to_iterable_dataset(), batch_size=2)
+    lists = [PIXELS[0].tolist(), [[[1], [2]], [[3]]]]
+    with pytest.raises(ValueError, match="image 1 has rows of different lengths"):
+        open_stream(table(lists, None).to_iterable_dataset(), batch_size=2)
+    with pytest.raises(ValueError, match="image 1 has rows of different lengths"):
+        open_images(table(lists, None))
+    assert len(open_images(table(lists, None), skip_corrupt=True)) == 1
+
+
+def test_pixels_of_another_kind_are_no_corrupt_images():
+    data = table(list(PIXELS / np.float32(255)), datasets.Array3D((5, 5, 3), "float32"))
+    with pytest.raises(ValueError, match=r"image 0 has pixels of float32\. Convert them to uint8, 0 to 255\.$"):
+        open_images(data, skip_corrupt=True)
+
+
 def test_images_that_are_not_square():
     """They cover height and width, and are cropped to them."""
     wide = Image.fromarray(np.tile(np.arange(24, dtype=np.uint8)[None, :, None], (8, 1, 3)))

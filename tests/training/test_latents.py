@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from stf_diffusers.training import latents
 from stf_diffusers.training.autoencoder import LatentScale, encode
-from stf_diffusers.training.image_data import ImageColumn, ImageReader
+from stf_diffusers.training.image_data import ImageColumn
+from stf_diffusers.training.image_reader import ImageReader
 from stf_diffusers.training.latents import LatentCache, LatentColumn
 from tiny import Processes
 from tiny_autoencoders import CONFIGS, PER_CHANNEL, autoencoder, encoded, image_column, moments64, scale_of
