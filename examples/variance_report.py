@@ -147,7 +147,7 @@ def make_process(args: argparse.Namespace) -> NoiseProcess:
     given = {name: getattr(args, name) for name in ("p_mean", "p_std") if getattr(args, name) is not None}
     if given and args.noise_process != "edm":
         raise ValueError(
-            f"--{next(iter(given))} is no parameter of --noise_process {args.noise_process}; leave it out."
+            f"--{next(iter(given))} is not a parameter of --noise_process {args.noise_process}; leave it out."
         )
     try:
         return NOISE_PROCESSES[args.noise_process](**given)

@@ -48,7 +48,7 @@ class NoiseProcess(ABC):
     """What the rest of the package knows of a forward process. All methods take t as (B,) and return (B,).
 
     A new process is one such class, a frozen dataclass whose fields are made by `parameter`, and one line in
-    `NOISE_PROCESSES`: training, saving and sampling take it from there. Attributes that are no parameters have no annotation.
+    `NOISE_PROCESSES`: training, saving and sampling take it from there. Other attributes have no annotation.
 
     Attributes:
         last_time: the largest time that there is.
