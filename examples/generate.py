@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Generate many images from a trained pipeline, on any number of processes, and continue where it stopped.
+"""Generate many images from a trained pipeline, on any number of processes, and resume where an earlier run stopped.
 
     accelerate launch examples/generate.py --model digits-stf --output_dir digits-samples --num_images 50000
 
-Image k is a function of the model, the settings and seed + k alone: not of the batch size, the number of processes or
-of interruptions (with `--solver rk45` up to a multiple of its tolerance). Each is written as one PNG file, complete or
-not at all (a .npy array where there are not 1, 3 or 4 channels); `--npz` packs them into one array at the end.
+Image k depends on the model, the settings and seed + k alone, not on the batch size, the number of processes or
+interruptions (with `--solver rk45`, up to a multiple of its tolerance). Each image is written as one PNG file, complete
+or not at all (as a .npy array unless it has 1, 3 or 4 channels); `--npz` packs them into one array at the end.
 """
 
 from __future__ import annotations

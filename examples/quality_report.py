@@ -5,8 +5,9 @@
     accelerate launch examples/quality_report.py --samples digits-samples --extractor facebook/dinov2-base \\
         --output_dir digits-quality
 
-Writes quality.json, quality.md, and memorization.png: the samples most like a single training image, each beside it. Every number
-says what it was measured on. Features of the data are computed once and kept in Hugging Face's cache.
+Writes quality.json, quality.md, and memorization.png, which shows the samples most like a single training image, each
+above that image. Every number says what it was measured on. Features of the data are computed
+once and kept in Hugging Face's cache.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from stf_diffusers.training.stop_signal import settle_communication
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=Path, required=True, help="What generate.py wrote, or a folder of images.")
+    parser.add_argument("--samples", type=Path, required=True, help="Output of generate.py, or a folder of images.")
     parser.add_argument("--extractor", help="Vision model of transformers: a folder or a Hub repository.")
     parser.add_argument(
         "--inception_weights",
@@ -47,24 +48,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset_config_name", help="The configuration of the data set, if it has several.")
     parser.add_argument("--train_data_dir", help="A folder of training images, instead of --dataset_name.")
     parser.add_argument("--image_column", help="Name of the image column; detected if there is only one.")
-    parser.add_argument("--split", default="train", help="Split that was trained on, in which copies are sought.")
+    parser.add_argument("--split", default="train", help="Split that was trained on; copies are looked for in it.")
     parser.add_argument("--reference_split", help="Split that distances are measured from. Default: --split.")
     parser.add_argument(
         "--skip_corrupt", action="store_true", help="Leave out images that are missing or cannot be decoded."
     )
     parser.add_argument(
-        "--random_flip", action="store_true", help="The training flipped images: copies of flipped images count."
+        "--random_flip", action="store_true", help="Count copies of flipped images too: the training flipped them."
     )
     parser.add_argument("--sampler", help="How the samples were made, if not by generate.py.")
     parser.add_argument("--seeds", help="Seeds of the samples, if not made by generate.py.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Batch size of the extractor.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Batch size for the extractor.")
     parser.add_argument(
         "--cache_dir", help="Folder for downloaded models and data, and for features. Default: Hugging Face's cache."
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the report.")
     args = parser.parse_args(argv)
     if bool(args.extractor) == bool(args.inception_weights):
-        parser.error("pass --extractor or --inception_weights, one of them.")
+        parser.error("pass one of --extractor and --inception_weights.")
     if args.dataset_name and args.train_data_dir:
         parser.error("--dataset_name and --train_data_dir exclude each other.")
     args.reference_split = args.reference_split or args.split
@@ -82,7 +83,7 @@ def find_samples(args: argparse.Namespace) -> tuple[list[Path], dict[str, Any]]:
     folder = args.samples / "images" if (args.samples / "images").is_dir() else args.samples
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if len(paths) < SMALLEST:
-        raise ValueError(f"--samples {args.samples}: {len(paths)} images found, {SMALLEST} are needed at least.")
+        raise ValueError(f"--samples {args.samples}: {len(paths)} images found; at least {SMALLEST} are needed.")
     settings = args.samples / SETTINGS
     if settings.is_file():
         how = json.loads(settings.read_text())

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Save a trained pipeline with another average of its weights, of a width chosen after the training.
+"""Save a trained pipeline with an average of its weights whose width is chosen after training.
 
     accelerate launch examples/train_unconditional_stf.py --post_hoc_ema --checkpointing_steps 1000 --output_dir digits-stf
     python examples/reconstruct_ema.py --model digits-stf --sigma_rel 0.15 --output_dir digits-stf-0.15
 
 The width sigma_rel is the average's standard deviation in time, relative to the length of the training (Karras et al.
-2024, arXiv 2312.02696). Each checkpoint left a snapshot; more of them make the reconstruction closer.
+2024, arXiv 2312.02696). Each checkpoint left a snapshot; the more there are, the closer the reconstruction.
 """
 
 from __future__ import annotations

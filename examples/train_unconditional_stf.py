@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train an unconditional image diffusion model with the Stable Target Field, and save it as a Diffusers pipeline.
 
-    # scikit-learn's handwritten digits, a small network, on whatever is there
+    # scikit-learn's handwritten digits, a small network, on whatever hardware there is
     accelerate launch examples/train_unconditional_stf.py --output_dir digits-stf
 
     # the same without a checkout, after pip install
@@ -13,9 +13,10 @@
         --noise_process edm --train_batch_size 64 --learning_rate 2e-4 \\
         --max_train_steps 200000 --checkpointing_steps 10000 --output_dir cifar10-stf
 
-    # SIGTERM or SIGUSR1 to the training processes: a checkpoint after the current step, exit code 75
-    # the flags from a file, one or more per line
+    # continue from the latest checkpoint, with the flags in a file, one or more per line
     accelerate launch examples/train_unconditional_stf.py @my_flags.txt --resume_from_checkpoint latest
+
+On SIGTERM or SIGUSR1 the training processes save a checkpoint after the current step and end with exit code 75.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def process_flags() -> dict[str, dict[str, Any]]:
                 "help": meaning,
                 **({"choices": choices} if choices else {"type": number(float, **bounds)}),
             }
-    measured = "EDM: Standard deviation of the data in [-1, 1], such as 0.5. Default: auto, that is measured."
+    measured = "EDM: standard deviation of the data in [-1, 1], or auto to measure it. Default: auto."
     flags["sigma_data"] |= {"type": sigma_data_value, "help": measured}
     flags["sigma_min"]["help"] += " EDM: smallest noise level in sampling. Default: 0.002."
     flags["sigma_max"]["help"] += " EDM: largest noise level in sampling. Default: 80."
@@ -166,10 +167,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--random_flip", action="store_true",
         help="Flip images horizontally at random, sources and references alike.")
     data.add_argument("--image_memory_gb", type=number(float, 0), default=4.0,
-        help="Memory per process, in GiB, for decoded images (uint8); larger data sets are decoded again at each "
-             "reading.")
+        help="Memory per process, in GiB, for decoded images (uint8); larger data sets are decoded again each "
+             "time they are read.")
     data.add_argument("--image_cache", action=argparse.BooleanOptionalAction, default=True,
-        help="Keep decoded images on the disk, for all processes of the machine and for later runs.")
+        help="Keep decoded images on disk, for all processes of the machine and for later runs.")
     data.add_argument("--dataloader_num_workers", type=number(int, 0), default=0,
         help="Number of worker processes that read the data.")
     data.add_argument("--streaming", action="store_true",
@@ -188,19 +189,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--reference_memory_gb", type=positive, default=2.0,
         help="Largest bank, in GiB, that is chosen by default.")
     method.add_argument("--reference_device", choices=["cuda", "cpu", "disk"],
-        help="Where the bank is kept: on the GPU, in pinned memory, or, for data larger than memory, in a file of "
+        help="Where the bank is kept: on the GPU, in pinned memory, or, for data larger than memory, in a file in "
              "output_dir. Default: the training device.")
     method.add_argument("--share_reference", action="store_true",
         help="Spread the references over the processes: each holds a part of the bank, or of a common reference "
              "batch.")
     method.add_argument("--noise_process", choices=[*NOISE_PROCESSES, "discrete"],
-        help="Forward process; discrete: the timesteps of a DDPM. Default: that of the pretrained pipeline, otherwise edm.")
+        help="Forward process; discrete: the timesteps of a DDPM. Default: the pretrained pipeline's, otherwise edm.")
     method.add_argument("--prediction_type", choices=["epsilon", "v_prediction", "sample"],
-        help="DISCRETE: what the network predicts. Default: epsilon, or as pretrained.")
+        help="DISCRETE: what the network predicts. Default: the pretrained pipeline's, otherwise epsilon.")
     method.add_argument("--ddpm_num_steps", type=count,
-        help="DISCRETE: number of timesteps. Default: 1000, or as pretrained.")
+        help="DISCRETE: number of timesteps. Default: the pretrained pipeline's, otherwise 1000.")
     method.add_argument("--ddpm_beta_schedule", choices=["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"],
-        help="DISCRETE: schedule of the betas. Default: linear, or as pretrained.")
+        help="DISCRETE: schedule of the betas. Default: the pretrained pipeline's, otherwise linear.")
     for flag, how in process_flags().items():
         method.add_argument(f"--{flag}", **how)
     method.add_argument("--reorient", type=share, default=0.0,
@@ -212,13 +213,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "folder or a repository on the Hub. Default: the preset for the images' size.")
     network.add_argument("--pretrained_model_name_or_path", help="A saved pipeline whose network is fine-tuned.")
     network.add_argument("--class_conditional", action="store_true",
-        help="Condition the network on class labels; references are of the same class.")
+        help="Condition the network on class labels; references come from the same class.")
     network.add_argument("--class_dropout", type=number(float, 0, high=0.99), default=0.0,
-        help="Probability of dropping an image's class, for guidance; its references are then of all classes.")
+        help="Probability of dropping an image's class, for guidance; its references then come from all classes.")
     network.add_argument("--vae",
         help="Train on the latents of this Diffusers autoencoder: a folder, or a repository on the Hub.")
     network.add_argument("--latents", choices=["sample", "mean"], default="sample",
-        help="Sample latents from the encoder's posterior at each reading, or use its mean.")
+        help="Sample latents from the encoder's posterior each time they are read, or use its mean.")
     network.add_argument("--gradient_checkpointing", action="store_true",
         help="Recompute activations in the backward pass, to save memory.")
     network.add_argument("--compile", action="store_true", help="Compile the network with torch.compile.")
@@ -272,7 +273,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     report.add_argument("--save_images_epochs", type=count, help="Sample a grid every this many epochs.")
     report.add_argument("--save_model_epochs", type=count, help="Save the pipeline every this many epochs.")
     report.add_argument("--eval_batch_size", type=count,
-        help="Batch size of sampling, per process. Default: --train_batch_size.")
+        help="Batch size for sampling, per process. Default: --train_batch_size.")
     report.add_argument("--num_samples", type=count, default=16, help="Number of images per grid.")
     report.add_argument("--num_inference_steps", "--ddpm_num_inference_steps", type=number(int, 2, high=1000), default=35,
         help="Number of sampling steps.")
@@ -289,10 +290,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     report.add_argument("--model_license", help="License in the model card, for instance apache-2.0. Default: none.")
     report.add_argument("--hub_model_id", help="Repository on the Hub. Default: the name of output_dir.")
     report.add_argument("--hub_private_repo", action="store_true", help="Make a new repository private.")
-    report.add_argument("--hub_token", help="Access token. Default: that of `hf auth login`.")
+    report.add_argument("--hub_token", help="Access token for the Hub. Default: that of `hf auth login`.")
 
-    # Of Diffusers' train_unconditional.py: taken as it takes it, and what has no counterpart here.
-    report.add_argument("--local_rank", type=int, help="Set by old launchers; the environment's LOCAL_RANK counts.")
+    # Flags of Diffusers' train_unconditional.py: one is accepted and ignored, the others have no counterpart here.
+    report.add_argument("--local_rank", type=int, help="Set by old launchers; ignored, since LOCAL_RANK is used.")
     for flag, instead in REFUSED_FLAGS.items():
         parser.add_argument(flag, action=Refused, instead=instead)
 
@@ -675,7 +676,7 @@ def main(argv: list[str] | None = None) -> None:
             run_folder.remove_latents(output_dir, kept=latent_file)
             metrics_file = MetricsFile(output_dir / run_folder.METRICS, first_step)
         logger.info(
-            "%s on %s with %s; %s; %.1f M parameters; %d steps of %d images on %d process(es).",
+            "%s on %s with %s; %s; %.1f M parameters; %d steps of %d images; processes: %d.",
             args.objective.upper(), process, references, images,
             network.num_parameters() / 1e6, max_steps, images_per_step, num_processes,
         )  # fmt: skip

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""How much variance is there in the training targets of a data set, at which noise, and how many references remove it?
+"""How much variance is there in the training targets, at which noise levels, and how many references remove it?
 
     python examples/variance_report.py --output_dir variance-digits
     python examples/variance_report.py --dataset_name cifar10 --max_images 5000 --output_dir variance-cifar10
 
-Writes `index.html`, which holds all that it shows, its figures as PNG files, and the numbers as `variance.json`. The
-measurement needs no network and no training. Needs matplotlib.
+Writes `index.html`, a page that needs no other file, its figures as PNG files, and the numbers as `variance.json`. The
+measurement needs matplotlib, but neither a network nor training.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--p_mean", type=float, help="EDM: mean of ln(sigma) in training. Default: -1.2.")
     parser.add_argument("--p_std", type=float, help="EDM: standard deviation of ln(sigma) in training. Default: 1.2.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the report.")
-    parser.add_argument("--seed", type=int, default=0, help="Random seed for images and draws.")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed for the choice of images and the noise.")
     parser.add_argument(
         "--reference_batch_sizes",
         type=int,
@@ -84,11 +84,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--num_samples", type=int, default=128, help="Number of draws of x_t at each noise level.")
     parser.add_argument(
-        "--num_levels", type=int, default=20, help="Number of noise levels sigma / alpha, evenly spaced in log."
+        "--num_levels", type=int, default=20, help="Number of noise levels sigma / alpha, evenly spaced on a log scale."
     )
     parser.add_argument("--min_noise_level", type=float, default=0.1, help="Smallest noise level.")
     parser.add_argument("--max_noise_level", type=float, default=80.0, help="Largest noise level.")
-    parser.add_argument("--quiet", action="store_true", help="No progress bars.")
+    parser.add_argument("--quiet", action="store_true", help="Show no progress bars.")
     args = parser.parse_args(argv)
     if args.dataset_name is not None and args.train_data_dir is not None:
         parser.error("--dataset_name and --train_data_dir exclude each other.")
@@ -147,7 +147,7 @@ def make_process(args: argparse.Namespace) -> NoiseProcess:
     given = {name: getattr(args, name) for name in ("p_mean", "p_std") if getattr(args, name) is not None}
     if given and args.noise_process != "edm":
         raise ValueError(
-            f"--{next(iter(given))} is no parameter of --noise_process {args.noise_process}; leave it out."
+            f"--{next(iter(given))} is not a parameter of --noise_process {args.noise_process}; leave it out."
         )
     try:
         return NOISE_PROCESSES[args.noise_process](**given)

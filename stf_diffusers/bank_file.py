@@ -26,12 +26,12 @@ def write_bank(
     """Write a file that `ReferenceBank.open` reads, of images (N, ...) in chunks, complete or not at all.
 
     Args:
-        path: of the file.
-        shape, dtype: of all images together.
+        path: path of the file.
+        shape, dtype: those of all images together.
         chunks: the images, sorted by class where there are labels.
         labels: (N,) int64 in the same order.
         order: (N,) int64, the position of each image in the data. None: as they come.
-        fingerprint: of the data and their preprocessing.
+        fingerprint: identifies the data and their preprocessing.
 
     Raises:
         ValueError: images that are not finite, or not of that shape and dtype.
@@ -111,7 +111,7 @@ def _check_columns(stored: RowReader) -> None:
         if labels[0] < 0 or bool((labels.diff() < 0).any()):
             raise ValueError("its labels are not sorted classes from 0 on")
     if "order" in stored.names and not torch.equal(stored.mapped("order").sort().values, torch.arange(total)):
-        raise ValueError("its order is no permutation of the images")
+        raise ValueError("its order is not a permutation of the images")
 
 
 def compare_bank(path: Path, images: DatasetImages, fingerprint: str, quiet: bool) -> None:

@@ -74,7 +74,7 @@ class PosteriorState:
         """The normalised mean, (B, D), and the effective sample size, (B,), in `dtype`.
 
         Args:
-            dtype: of both.
+            dtype: dtype of both.
             centred_levels: the sum is of levels u - 128 and the mean is to be in [-1, 1].
         """
         mean = (self.weighted_sum / self.normalizer[:, None]).to(dtype)

@@ -41,7 +41,7 @@ class DatasetImages:
         read: from an entry of the image column to a tensor.
 
     Attributes:
-        shape, dtype: of all images together, if all are like the first.
+        shape, dtype: those of all images together, if all are like the first.
         labels: (N,) int64, sorted; None without `label_key`.
         order: (N,) int64, the position of each image in the data set; None without `label_key`.
 

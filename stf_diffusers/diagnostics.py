@@ -122,13 +122,13 @@ def target_variance(
         labels: (N,) integer classes of `data`, for the law given the class: a row's posterior, and its n
             references, are of its source's class. Classes of fewer than n images are used whole.
         device: where to compute. Default: where the images are.
-        generator: of the draws, made on its own device: a seed gives the same draws wherever they are used.
+        generator: for the draws, made on its own device: a seed gives the same draws wherever they are used.
 
     Returns:
         One `TargetVariance` for each time, in order.
 
     Raises:
-        TypeError: images or labels that are no tensors or of a dtype that is not theirs; numbers that are not whole.
+        TypeError: images or labels that are not tensors or have the wrong dtype; numbers that are not whole.
         ValueError: no images or images that are not finite; labels that do not fit, or labels beside a bank; a bank that is
             sharded or closed under flips; sizes, times or `num_samples` out of range.
     """

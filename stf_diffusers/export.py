@@ -88,7 +88,7 @@ def process_from_config(config: dict[str, Any]) -> NoiseProcess:
     if name == DISCRETE:
         return SchedulerProcess(scheduler_from_config(parameters["scheduler"]), interpolate=True)
     if name not in NOISE_PROCESSES:
-        raise ValueError(f"the saved noise process {name!r} is none of {', '.join((*NOISE_PROCESSES, DISCRETE))}.")
+        raise ValueError(f"the saved noise process {name!r} is not one of {', '.join((*NOISE_PROCESSES, DISCRETE))}.")
     process: NoiseProcess = NOISE_PROCESSES[name](**parameters)
     return process
 
@@ -204,8 +204,8 @@ StockPipeline: TypeAlias = ConsistencyModelPipeline | DDPMPipeline | DiTPipeline
 def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixin | None = None) -> type[StockPipeline]:
     """The pipeline class of Diffusers that can sample a network trained on `process`.
 
-    Of images: `DDPMPipeline` where it can serve (no classes, not EDM), else `ConsistencyModelPipeline`, the one pipeline
-    that scales the network's input as EDM schedulers need and takes class labels. Of latents, with the autoencoder `vae`:
+    For images: `DDPMPipeline` where it can serve (no classes, not EDM), else `ConsistencyModelPipeline`, the only one
+    that scales the network's input as EDM schedulers need and takes class labels. For latents, with their `vae`:
     `LDMPipeline` for a `UNet2DModel` without classes, `DiTPipeline` for a `DiTTransformer2DModel`.
 
     Raises:
@@ -257,7 +257,7 @@ def diffusers_pipeline(
     Args:
         network: the network. It is used as it is, not copied; its config is told the process.
         process, sigma_min, sigma_max: as for `sampling_scheduler`.
-        vae: of a network of latents, the autoencoder that decodes them: divided by its config's `scaling_factor`.
+        vae: for a network of latents, the autoencoder that decodes them, divided by its config's `scaling_factor`.
         metadata: JSON values to keep in the saved folder, beside the process's own parameters.
 
     Raises:
@@ -320,7 +320,7 @@ def read_metadata(
 ) -> dict[str, Any]:
     """The training metadata of a saved pipeline, a folder or a Hub repository.
 
-    Of a pipeline that another package trained, its process and the range of noise levels that it is sampled at.
+    For a pipeline that another package trained: its process and the range of noise levels that it is sampled at.
 
     Raises:
         OSError: there is no such pipeline.
@@ -343,8 +343,8 @@ def read_metadata(
     known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
     if not known:
         raise ValueError(
-            f"{pretrained_model_name_or_path}: {config.get('_class_name')} is no scheduler of Diffusers, so that it is not "
-            "known on which noise process the network was trained. Save the pipeline with one."
+            f"{pretrained_model_name_or_path}: {config.get('_class_name')} is not a scheduler of Diffusers, so the "
+            "noise process that the network was trained on is not known. Save the pipeline with one."
         )
     try:
         process = process_of_scheduler(kind.from_config(config))

@@ -79,7 +79,7 @@ def transformers_features(
 
     Raises:
         OSError: there is no such model, or no weights in safetensors.
-        ValueError: it is no vision model, or weights are missing in it.
+        ValueError: it is not a vision model, or some of its weights are missing.
     """
     local = Path(pretrained_model_name_or_path)
     if not local.exists() and len(local.parts) > 2:

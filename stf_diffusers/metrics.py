@@ -37,10 +37,10 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: Tensor) -> FeatureStatistics:
-        """Of features (n, d), n of at least 1.
+        """Statistics of features (n, d), n at least 1.
 
         Raises:
-            TypeError, ValueError: they are no such tensor, or not finite.
+            TypeError, ValueError: they are not such a tensor, or not finite.
         """
         features = _features(features, "features", at_least=1)
         mean = features.mean(0)
@@ -48,7 +48,7 @@ class FeatureStatistics:
         return cls(len(features), mean, centred.T @ centred)
 
     def merge(self, other: FeatureStatistics) -> FeatureStatistics:
-        """Of both sets together (Chan, Golub & LeVeque 1979).
+        """Statistics of both sets together (Chan, Golub & LeVeque 1979).
 
         Raises:
             ValueError: the features differ in their dimension.
@@ -65,7 +65,7 @@ class FeatureStatistics:
         """(d, d), with n - 1.
 
         Raises:
-            ValueError: of a single feature.
+            ValueError: there is a single feature vector.
         """
         if self.count < 2:
             raise ValueError("a covariance needs at least 2 features; got 1.")
@@ -117,9 +117,9 @@ def kernel_distance(
 
     Args:
         left, right: (n, d) and (m, d) features, at least 4 each.
-        subset_size: of each subset, at most n and m.
+        subset_size: size of each subset, at most n and m.
         num_subsets: at least 2.
-        generator: of the subsets.
+        generator: for the subsets.
 
     Raises:
         TypeError, ValueError: features or numbers that do not fit.
@@ -240,8 +240,8 @@ def _share_within(points: Tensor, members: Tensor, neighbors: int, chunk_size: i
 
 
 class NearestNeighbors(NamedTuple):
-    """Of each of n samples the nearest of the data: its place `neighbor` (n,), its `distance` (n,), and `ratio` (n,), of that
-    distance to the one to the second nearest.
+    """The nearest of the data to each of n samples: its index `neighbor` (n,), its `distance` (n,), and `ratio` (n,),
+    that distance over the second nearest's.
     """
 
     neighbor: Tensor

@@ -48,7 +48,7 @@ class NoiseProcess(ABC):
     """What the rest of the package knows of a forward process. All methods take t as (B,) and return (B,).
 
     A new process is one such class, a frozen dataclass whose fields are made by `parameter`, and one line in
-    `NOISE_PROCESSES`: training, saving and sampling take it from there. Attributes that are no parameters have no annotation.
+    `NOISE_PROCESSES`: training, saving and sampling take it from there. Other attributes have no annotation.
 
     Attributes:
         last_time: the largest time that there is.
@@ -141,9 +141,9 @@ class EDM(NoiseProcess):
         p_mean, p_std: mean and standard deviation of ln t in training.
     """
 
-    sigma_data: float = parameter(0.5, "Standard deviation of the data in [-1, 1]", above=0)
-    p_mean: float = parameter(-1.2, "Mean of ln(sigma) in training", at_least=-20, at_most=20)
-    p_std: float = parameter(1.2, "Standard deviation of ln(sigma) in training", above=0, at_most=10)
+    sigma_data: float = parameter(0.5, "standard deviation of the data in [-1, 1]", above=0)
+    p_mean: float = parameter(-1.2, "mean of ln(sigma) in training", at_least=-20, at_most=20)
+    p_std: float = parameter(1.2, "standard deviation of ln(sigma) in training", above=0, at_most=10)
 
     scheduler_family = "edm"
 
@@ -187,8 +187,8 @@ class VE(NoiseProcess):
         sigma_min, sigma_max: extremes of the noise level, for images in [-1, 1].
     """
 
-    sigma_min: float = parameter(0.02, "Smallest noise level", above=0)
-    sigma_max: float = parameter(100.0, "Largest noise level", above=0)
+    sigma_min: float = parameter(0.02, "smallest noise level", above=0)
+    sigma_max: float = parameter(100.0, "largest noise level", above=0)
 
     scheduler_family = "alphas_cumprod"
 
@@ -243,9 +243,9 @@ class VP(NoiseProcess):
         epsilon_t: smallest time drawn in training.
     """
 
-    beta_d: float = parameter(19.9, "Slope of beta(t)", above=0)
+    beta_d: float = parameter(19.9, "slope of beta(t)", above=0)
     beta_min: float = parameter(0.1, "beta(0)", at_least=0)
-    epsilon_t: float = parameter(1e-5, "Smallest training time", above=0, at_most=0.5)
+    epsilon_t: float = parameter(1e-5, "smallest training time", above=0, at_most=0.5)
 
     last_time = 1.0
     scheduler_family = "alphas_cumprod"
@@ -304,9 +304,9 @@ class FlowMatching(NoiseProcess):
         logit_mean, logit_std: mean and standard deviation of logit(t), used by "logit_normal" alone.
     """
 
-    time_distribution: Literal["uniform", "logit_normal"] = parameter("uniform", "Distribution of training times")
-    logit_mean: float = parameter(0.0, "Mean of logit(t), for logit-normal times", at_least=-20, at_most=20)
-    logit_std: float = parameter(1.0, "Standard deviation of logit(t), for logit-normal times", above=0, at_most=10)
+    time_distribution: Literal["uniform", "logit_normal"] = parameter("uniform", "distribution of training times")
+    logit_mean: float = parameter(0.0, "mean of logit(t), for logit-normal times", at_least=-20, at_most=20)
+    logit_std: float = parameter(1.0, "standard deviation of logit(t), for logit-normal times", above=0, at_most=10)
 
     last_time = 1.0
     scheduler_family = "flow"

@@ -138,7 +138,7 @@ class STFTrainingObjective:
         Raises:
             ValueError: references without their sources, shapes or labels that do not fit; `num_unconditional` without
                 labels, with a bank, or not in [B, n].
-            TypeError: no tensors, dtypes that are not images' or labels', or a `num_unconditional` that is no integer.
+            TypeError: not tensors, or of the wrong dtype, or a `num_unconditional` that is not an integer.
         """
         x0 = self._as_compute(clean)
         if t is None:

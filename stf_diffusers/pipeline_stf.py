@@ -69,8 +69,8 @@ class STFPipeline(DiffusionPipeline):
         unet: the network; or
         scheduler: the Diffusers scheduler saved with it. Its config says what the network was trained on.
         transformer: the network, where it is a `DiTTransformer2DModel`.
-        vae, vqvae: of a network of latents, the autoencoder that decodes them, under either of the names that Diffusers
-            has for it.
+        vae, vqvae: for a network of latents, the autoencoder that decodes them, under either of Diffusers' names
+            for it.
 
     Raises:
         ValueError: there is no network or more than one, the scheduler does not say what the network was trained on, or
@@ -151,9 +151,9 @@ class STFPipeline(DiffusionPipeline):
             num_inference_steps: N. "heun" evaluates the network 2N - 1 times, "euler" and "scheduler" N times; "rk45"
                 chooses its steps itself.
             class_labels: for a class-conditional network, one label for each image or one for all.
-            guidance_scale: of classifier-free guidance (1: none); the network must know a dropped condition.
-            solver: of the probability-flow ODE: "heun" or "euler" on Karras et al. 2022's steps (eq. 5), "rk45" adaptive
-                (needs scipy), or "scheduler", the saved Diffusers scheduler's own.
+            guidance_scale: scale of classifier-free guidance (1: none); the network must know a dropped condition.
+            solver: solver of the probability-flow ODE: "heun" or "euler" on Karras et al. 2022's steps (eq. 5); "rk45",
+                adaptive (needs scipy); or "scheduler", the saved Diffusers scheduler's own.
             generator: one generator, or a list with one for each image: then image k is a function of generator k
                 alone, whatever the batch.
             latents: (B, C, H, W) standard normal, instead of draws.
@@ -164,8 +164,8 @@ class STFPipeline(DiffusionPipeline):
                 what the next step starts from. Not with "rk45".
             return_dict: False: a tuple (images,).
             callback_on_step_end_tensor_inputs: names of the tensors that the callback is given; "latents" is all there is.
-            tolerance: for "rk45", relative and absolute, of each step. Errors of the steps add up along the path: images
-                of a trained VE or VP network are off by a few hundred times the tolerance.
+            tolerance: relative and absolute tolerance of each step of "rk45". Errors add up along the path: images of a
+                trained VE or VP network are off by a few hundred times the tolerance.
 
         Raises:
             ValueError: arguments that do not fit the network or each other.

@@ -29,7 +29,7 @@ def plot_variance(rows: Sequence[TargetVariance], *, prediction_type: str = "sam
     """V_DSM and V_STF(n) against the noise level with standard errors (Xu et al. 2023, arXiv 2302.00670, Figure 3c).
 
     Args:
-        rows: of `target_variance`, one for each noise level.
+        rows: results of `target_variance`, one for each noise level.
         prediction_type: whose target's variance is shown; "sample" for x0.
 
     Returns:
@@ -60,7 +60,7 @@ def plot_phases(rows: Sequence[TargetVariance], *, prediction_type: str = "score
     largest V_DSM, so that the two can be compared.
 
     Args:
-        rows: of `target_variance`, one for each noise level.
+        rows: results of `target_variance`, one for each noise level.
         prediction_type: whose target's variance is shown; the paper's is the score.
 
     Returns:
@@ -98,7 +98,7 @@ def plot_remaining_share(rows: Sequence[TargetVariance], *, training_levels: Ten
     x_t decide both numerator and denominator, and the quotient's standard error says nothing.
 
     Args:
-        rows: of `target_variance`, one for each noise level.
+        rows: results of `target_variance`, one for each noise level.
         training_levels: (K,) noise levels sigma / alpha drawn in training; their histogram is shown behind the quotients.
 
     Returns:

@@ -264,9 +264,9 @@ def posterior_mean(
         mask: (B, n) bool, which references a row may use. Default: all.
         chunk_size: references handled at a time. Default: few enough that a chunk's temporaries stay under about 200 MiB;
             those of the batch are up to 50 bytes for each of its values.
-        arithmetic: of the two products. "float64". "int8": for uint8 references, exact
-            products of 32-bit queries and weights, split into 8-bit digits, with the pixels: the default on CPUs with
-            instructions for them. Default: "int8" where it is fast, else "float64".
+        arithmetic: how the two products are computed: "float64"; or "int8", for uint8 references: exact
+            products of 32-bit queries and weights, split into 8-bit digits, with the pixels. Default: "int8" on CPUs
+            that have fast instructions for it, else "float64".
 
     Returns:
         mean (B, ...) in float32 (float64 when `noisy` and `reference` both are), and effective_sample_size (B,),

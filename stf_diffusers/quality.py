@@ -25,12 +25,12 @@ class SampleQuality:
         recall: share of data among the samples, likewise.
         num_samples: how many samples.
         num_references: how many of the data.
-        extractor: whose features.
+        extractor: the network that computed the features.
         reference: which data: the set, and the split.
         sampler: how the samples were made.
-        evaluations: of the network, for each sample.
-        seeds: of the samples.
-        dimensions: of the features.
+        evaluations: number of network evaluations per sample.
+        seeds: seeds of the samples.
+        dimensions: number of dimensions of the features.
     """
 
     frechet_distance: float
@@ -98,7 +98,7 @@ def sample_quality(
         samples, data: (n, d) and (m, d) features by the same extractor, at least 5 each.
         extractor, reference, sampler, seeds, evaluations: what is stamped on the numbers: see `SampleQuality`.
         data_statistics: those of `data`, where they are known already.
-        generator: of the subsets of kernel distance and precision. Default: seed 0.
+        generator: for the subsets of kernel distance and precision. Default: seed 0.
 
     Raises:
         TypeError, ValueError: features that do not fit, or an empty stamp.

@@ -300,8 +300,8 @@ class ReferenceBank(ReferenceSet):
         """Write the bank as safetensors, complete or not at all. Not a sharded one.
 
         Args:
-            path: of the file.
-            fingerprint: of the data and their preprocessing, which `open` compares.
+            path: path of the file.
+            fingerprint: identifies the data and their preprocessing; `open` compares it.
         """
         if self.process_shard is not None:
             raise ValueError("a sharded bank holds a part of the images; save one that is not sharded.")
@@ -322,7 +322,7 @@ class ReferenceBank(ReferenceSet):
         """A bank that `save` or `from_dataset` wrote.
 
         Args:
-            path: of the file.
+            path: path of the file.
             device: where to keep the images. None: in the file, from which chunks are read as they are needed.
             augmentation, process_shard, pin_memory: as for the class.
             fingerprint: the one expected. None: not compared.

@@ -42,7 +42,7 @@ class ReferenceBatchSampler(Sampler[list[int]]):
         num_examples: N, the size of the data set.
         batch_size: B, sources per list.
         reference_batch_size: n, total length of each list, sources included.
-        seed: of the shuffle and the draws; the same on every process.
+        seed: random seed for the shuffle and the draws; the same on every process.
         num_processes, process_index: yield every `num_processes`-th batch, starting with `process_index`.
         share_references: n counts the references of all processes together: at each step the lists of all processes are
             one list without repeats, for `SharedReferences`.

@@ -1,4 +1,4 @@
-"""Reference sets: of one batch, and of the batches that the processes of a run share.
+"""Reference sets: one batch, or the batches that the processes of a run share.
 
 The only collectives of the package are here: with the references spread over processes, the noisy images of all
 processes are gathered, each process computes the state of its own references for them, and the states are merged.

@@ -57,8 +57,8 @@ def checked_class_labels(class_labels: Any, batch_size: int, classes: int, devic
     """(B,) int64 labels on the device, of one for each image or one for all.
 
     Raises:
-        TypeError: they are no integers.
-        ValueError: there is another number of them, or one that is no class.
+        TypeError: they are not integers.
+        ValueError: there are too few or too many, or one of them is not a class.
     """
     wanted = f"{batch_size} integers from 0 to {classes - 1}, or one for all"
     try:

@@ -22,7 +22,7 @@ class _TrainingTable(NamedTuple):
 
 
 def _training_table(scheduler: Any, fresh: Any) -> _TrainingTable | None:
-    """What is told by the tables of `scheduler` and of a `fresh` copy; None for a scheduler of no family."""
+    """What the tables of `scheduler` and of a `fresh` copy tell; None for a scheduler of none of the families."""
     if hasattr(fresh, "alphas_cumprod") and fresh.init_noise_sigma == 1:
         cumulative = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32, device="cpu")
         # The scheduler's own expressions, so that alpha and sigma agree with its add_noise to the last bit.
@@ -65,7 +65,7 @@ class SchedulerProcess(NoiseProcess):
         scheduler: an instance of a Diffusers scheduler. It is read, not changed; timesteps set for sampling on it do
             not matter.
         interpolate: also times between the timesteps, as solvers need: ln(sigma / alpha) is linear between them. For the
-            first family. In training, a time that is no timestep is a mistake, and raises ValueError without this.
+            first family. In training, a time that is not a timestep is a mistake, and raises ValueError without this.
 
     Raises:
         TypeError: the scheduler belongs to none of the families, is one of flow maps, or cannot be interpolated.

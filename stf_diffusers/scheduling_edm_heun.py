@@ -74,7 +74,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         sigma_min, sigma_max: extremes of the noise level when sampling.
-        sigma_data: standard deviation of the data, of the network's preconditioning.
+        sigma_data: standard deviation of the data, for the network's preconditioning.
         sigma_schedule: "karras" (eq. 5) or "exponential" (geometric progression).
         num_train_timesteps: length of the tables `timesteps` and `sigmas` before `set_timesteps`.
         prediction_type: "epsilon" for EDM's own preconditioning; "v_prediction" flips the sign of the output, as in
@@ -174,7 +174,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             num_inference_steps: N. Default: 18.
-            device: of `timesteps`.
+            device: device for `timesteps`.
             sigmas: N falling noise levels instead of the configured ones, with or without a 0 at the end. (Not a ramp
                 from 0 to 1, as `EDMEulerScheduler` takes.)
 
@@ -241,14 +241,14 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         """The position in `timesteps` (or `schedule_timesteps`) of one of them: where a step starts, if one does there.
 
         Raises:
-            ValueError: an index, or a timestep that is none of them.
+            ValueError: an index, or a timestep that is not one of them.
         """
         timestep = torch.as_tensor(timestep)
         _check_no_index(timestep)
         schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
         found = (schedule == timestep.to(schedule)).nonzero().flatten().tolist()
         if not found:
-            raise ValueError(f"timestep {timestep.item():.6g} is none of scheduler.timesteps.")
+            raise ValueError(f"timestep {timestep.item():.6g} is not one of scheduler.timesteps.")
         # Without churn, the position where the step before is corrected has an equal timestep.
         return next((position for position in found if position % 2 == 0), found[0])
 

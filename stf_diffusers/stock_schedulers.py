@@ -31,7 +31,7 @@ def scheduler_from_config(config: dict[str, Any]) -> DDPMScheduler | DDIMSchedul
     """
     name = config.get("_class_name")
     if name not in DISCRETE_SCHEDULERS:
-        raise ValueError(f"the saved scheduler {name!r} is none of {', '.join(DISCRETE_SCHEDULERS)}.")
+        raise ValueError(f"the saved scheduler {name!r} is not one of {', '.join(DISCRETE_SCHEDULERS)}.")
     scheduler: DDPMScheduler | DDIMScheduler = DISCRETE_SCHEDULERS[name].from_config(config)
     return scheduler
 

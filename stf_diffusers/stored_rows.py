@@ -44,7 +44,7 @@ class RowWriter:
     without `finish`, or by an exception, leaves what was there before.
 
     Args:
-        path: of the file; missing folders are made.
+        path: path of the file; missing folders are made.
         layout: dtype and shape of each tensor, in the order in which they lie in the file.
         metadata_bytes: room for the metadata as JSON: the tensors' places must be known before the metadata are.
     """
@@ -126,11 +126,11 @@ class RowReader:
     file is truncated; reading a row by it is measured to take 1.6 times as long, and 700 rows as long.)
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Attributes:
         metadata: strings by name.
-        names: of the tensors.
+        names: names of the tensors.
 
     Raises:
         ValueError: the file is not safetensors, or is damaged.
@@ -148,7 +148,7 @@ class RowReader:
             header = json.loads(self._file.read(8, length), object_pairs_hook=_once)
             self.metadata = _metadata(header.pop("__metadata__", {}))
             entries = {name: _entry(name, entry) for name, entry in header.items()}
-        # Of json, of entries that lack something, of what is no dictionary, and of sizes beyond all bounds.
+        # From json, missing keys, values that are not dictionaries, and sizes beyond all bounds.
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} is damaged: its header cannot be read ({error}). Delete it.") from error
         end = 0
@@ -196,7 +196,7 @@ def _entry(name: str, entry: Any) -> tuple[torch.dtype, torch.Size, int, int]:
     sizes, offsets = entry["shape"], entry["data_offsets"]
     for numbers in (sizes, offsets):
         if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(f"{name!r} has sizes or offsets that are no counts: {numbers!r}")
+            raise ValueError(f"{name!r} has sizes or offsets that are not counts: {numbers!r}")
     dtype, (begin, end) = _DTYPE_OF[entry["dtype"]], offsets
     if end - begin != math.prod(sizes) * dtype.itemsize:
         raise ValueError(f"{name!r} has another size than its shape says")

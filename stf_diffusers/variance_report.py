@@ -32,7 +32,7 @@ class MeasuredData:
         image_shape: (C, H, W).
         within_classes: whether the law given the class was measured.
         noise_process: name of the noise process.
-        seed: of the draws.
+        seed: random seed for the draws.
     """
 
     name: str
@@ -208,9 +208,9 @@ def report_page(
     Args:
         data: what was measured.
         rows: the variance at each noise level, in ascending order.
-        advice, pictures: of `advise` and `draw`.
+        advice, pictures: results of `advise` and `draw`.
         command: the command that makes the report again.
-        versions: of the software that made it.
+        versions: versions of the software that made it.
     """
     count = data.num_images
     images = f"{count:,} images" + (f" of {data.available:,}, drawn at random" if count < data.available else "")

@@ -44,7 +44,7 @@ def test_misuse_is_an_error():
     scheduler.set_timesteps(6)
     with pytest.raises(ValueError, match="not an index; got 0"):
         scheduler.step(x, 0, x)
-    with pytest.raises(ValueError, match=r"timestep 0\.5 is none of scheduler\.timesteps"):
+    with pytest.raises(ValueError, match=r"timestep 0\.5 is not one of scheduler\.timesteps"):
         scheduler.step(x, 0.5, x)
     with pytest.raises(ValueError, match="1 generators for 2 images"):
         scheduler.step(x, scheduler.timesteps[0], x, generator=[seeded(0)])

@@ -166,7 +166,7 @@ def test_config_round_trip(schedule, predicts):
         assert process_to_config(found) == config and found.scheduler_name == kind.__name__
         t = process.timesteps
         assert torch.equal(found.alpha(t), process.alpha(t)) and found.prediction_type == predicts
-    with pytest.raises(ValueError, match="saved scheduler 'Trap' is none of DDPMScheduler, DDIMScheduler"):
+    with pytest.raises(ValueError, match="saved scheduler 'Trap' is not one of DDPMScheduler, DDIMScheduler"):
         scheduler_from_config({"_class_name": "Trap"})
 
 
@@ -238,7 +238,7 @@ def test_a_folder_whose_scheduler_was_exchanged_or_is_unknown(tmp_path):
     path = tmp_path / "scheduler" / "scheduler_config.json"
     for name in ("MyScheduler", "UNet2DModel", "utils"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name}))
-        with pytest.raises(ValueError, match=f"{name} is no scheduler of Diffusers"):
+        with pytest.raises(ValueError, match=f"{name} is not a scheduler of Diffusers"):
             read_metadata(tmp_path)
 
 

@@ -38,7 +38,7 @@ def load_autoencoder(vae: str, cache_dir: str | None = None) -> ModelMixin:
     Args:
         vae: a folder or a repository on the Hub, of an autoencoder, or of a pipeline that has one as `vae` or `vqvae`.
             Only safetensors are read.
-        cache_dir: for downloads.
+        cache_dir: folder for downloads.
 
     Raises:
         ValueError: there is none, it is of another kind, or its weights are missing, damaged or not finite.
@@ -161,7 +161,7 @@ def check_fit(vae: ModelMixin, pixels: Tensor) -> tuple[tuple[int, int, int], bo
     """Whether an autoencoder takes these images, and gives back what it takes.
 
     Args:
-        vae: of `load_autoencoder`.
+        vae: an autoencoder from `load_autoencoder`.
         pixels: (B, C, H, W) uint8, one image or more.
 
     Returns:
@@ -232,7 +232,7 @@ def choose_scale(vae: ModelMixin, mean: Sequence[float], std: Sequence[float]) -
 
     Args:
         vae: the autoencoder.
-        mean, std: of each channel's latents, as training reads them.
+        mean, std: those of each channel's latents, as training reads them.
     """
     if IMAGE_AUTOENCODERS[type(vae).__name__]:
         return LatentScale(tuple(mean), tuple(std))
@@ -315,7 +315,7 @@ def set_affine(convolution: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
 
 
 def digest_of_autoencoder(vae: ModelMixin) -> str:
-    """Of class, config and weights."""
+    """Digest of an autoencoder's class, config and weights."""
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     content = hashlib.sha256(f"{type(vae).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
     for name, weights in sorted(vae.state_dict().items()):

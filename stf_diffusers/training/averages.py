@@ -50,7 +50,7 @@ class ExponentialAverage(WeightAverage):
 
     Args:
         network: the network.
-        inv_gamma, power, max_decay: of the decay.
+        inv_gamma, power, max_decay: parameters of the decay.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ def reconstruct(snapshots: Sequence[Path], sigma_rel: float) -> dict[str, Tensor
     total: dict[str, Tensor] = {}
     for (path, prefix), weight in zip(places, weights.flatten().tolist(), strict=True):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safetensors' file is no dictionary)
+            for name in file.keys():  # noqa: SIM118 (safetensors' file is not a dictionary)
                 if name.startswith(prefix):
                     term = weight * file.get_tensor(name).to(torch.float64)
                     own = name.removeprefix(prefix)

@@ -34,7 +34,7 @@ def save_checkpoint(
         accelerator: has the model, optimizer and schedule prepared. Every process calls this.
         output_dir: the run's folder.
         step: number of optimizer steps done.
-        averages: of the weights.
+        averages: averages of the weights.
         manifest: JSON values that a resumed run must share with this one ("run"), and that it should ("settings").
         limit: number of checkpoints to keep. None: all.
 

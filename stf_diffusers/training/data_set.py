@@ -136,7 +136,7 @@ def _split_errors(split: str) -> Iterator[None]:
 
 
 def _check_split(split: str, splits: Iterable[str]) -> None:
-    # What is no name is an expression, for Datasets.
+    # Anything but a name is an expression, which Datasets reads.
     if split.isidentifier() and split != "all" and split not in splits:
         raise NoSuchSplit(f"the data set has no {split!r} split; it has {sorted(splits)}. Choose one with split=.")
 

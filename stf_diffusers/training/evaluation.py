@@ -56,7 +56,7 @@ def data_features(
 
     Args:
         images: the images.
-        extractor: whose features.
+        extractor: the network that computes the features.
         cache_dir: where features are kept. None: Hugging Face's cache.
         quiet: no progress bar.
     """
@@ -83,7 +83,7 @@ class Evaluation:
     process compares, records, and keeps the pipeline with the least Fréchet distance in `best/`.
 
     Args:
-        accelerator: of the training.
+        accelerator: the training's Accelerator.
         images: the training images.
         output_dir: the run's folder.
         eval_extractor: a vision model of transformers, a folder or on the Hub.
@@ -91,7 +91,7 @@ class Evaluation:
         eval_num_samples: images per evaluation, at least `SMALLEST`.
         num_inference_steps: sampling steps.
         batch_size: images sampled at a time.
-        seed: of the samples: image k depends on it and k alone.
+        seed: random seed for the samples: image k depends on it and k alone.
         data_name: the data, as a person would recognise them.
         first_step: the step that the run goes on from; evaluations after it are done again.
         cache_dir: where models and features are kept.
@@ -201,7 +201,7 @@ class Evaluation:
         }
 
     def _is_best(self, quality: SampleQuality) -> bool:
-        """Among this run's evaluations that were measured alike; what else lies in the folder is no rival."""
+        """Whether it is the best of this run's evaluations measured alike; others in the folder do not count."""
         rivals = [record["frechet_distance"] for record in self.records[:-1] if record["measured"] == quality.stamp]
         present = (self.output_dir / BEST / "evaluation.json").is_file()
         return not present or quality.frechet_distance < min(rivals, default=math.inf)

@@ -113,7 +113,7 @@ def to_image(value: Any, dtype: np.dtype[Any] | None = None) -> Image.Image | No
 
     Args:
         value: a PIL image, pixels, or None.
-        dtype: of pixels that are lists.
+        dtype: dtype for pixels that are lists.
 
     Raises:
         ValueError: no such pixels.

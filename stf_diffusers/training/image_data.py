@@ -35,7 +35,7 @@ class ImageColumn(IndexedImages):
         reader: how they are read.
         labels: N classes, or None.
         images: (N, C, H, W) uint8, all images as the reader gives them, or None.
-        seed: of random crops.
+        seed: random seed for the crops.
         label_column: the column that `labels` are from.
         num_classes: number of classes, where there are labels.
         class_names: their names, where they have some.
@@ -163,14 +163,14 @@ def open_images(
 
     Args:
         dataset: the data set.
-        image_column, label_column: its columns; found where there is only one of the kind.
+        image_column, label_column: names of its columns; detected if there is only one.
         class_conditional: whether labels are read.
         image_mode, resolution, center_crop: as for `make_reader`.
         skip_corrupt: leave out images that are missing or cannot be decoded; otherwise they are an error.
         image_memory_gb: GiB up to which decoded images are kept, as uint8.
         image_cache: keep them on the disk too, for other processes and later runs, as `cached_images` does.
         cache_dir: where; None: Hugging Face's cache.
-        seed: of random crops.
+        seed: random seed for the crops.
         quiet: no progress bar.
 
     Raises:

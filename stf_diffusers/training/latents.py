@@ -40,13 +40,13 @@ class LatentCache:
     """The posteriors of the latents of N images, as `encode` gives them: views of a file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         mean, std: (N, c, h, w) float32; std is None where the latents are functions of the images.
         mirrored_mean, mirrored_std: the same of the mirrored images, whose latents are not mirrored latents; None where
             training does not mirror.
         origin: what the file was made of: digests of the images and of the autoencoder, and whether mirrored.
-        mean_of_draws, std_of_draws, std_of_means: of each channel's values over all images (and their mirrors, where
-            there are): of latents drawn from the posteriors, and of the posteriors' means alone.
+        mean_of_draws, std_of_draws, std_of_means: mean and standard deviation of each channel over all images (and
+            mirrored ones, if any), for latents drawn from the posteriors, and for the posteriors' means alone.
     """
 
     path: Path
@@ -106,8 +106,8 @@ def encode_all(
 
     Args:
         images: (C, R, R) uint8, the same each time they are read.
-        vae: of `load_autoencoder`; moved to `device` when it has to encode.
-        path: of the file, safetensors. Written aside and renamed when it is complete and on the disk.
+        vae: an autoencoder from `load_autoencoder`; moved to `device` when it has to encode.
+        path: path of the safetensors file. Written aside and renamed when it is complete and on the disk.
         mirrored: whether to encode the mirrored images too.
         batch_size: images encoded at a time.
         device: where to encode.
@@ -224,7 +224,7 @@ class Moments:
             self.variances += std.to("cpu", torch.float64).square().sum((0, 2, 3))
 
     def result(self) -> dict[str, list[float]]:
-        """Of each channel: the mean, the standard deviation of draws, and that of the posteriors' means."""
+        """Per channel, the mean, the standard deviation of draws, and that of the posteriors' means."""
         mean = self.values / self.count
         between = (self.squares / self.count - mean.square()).clamp_min(0)
         total = between + self.variances / self.count
@@ -241,7 +241,7 @@ class LatentColumn(IndexedImages):
 
     Args:
         cache: the latents.
-        scale: of `choose_scale`, with the same `sample`.
+        scale: as from `choose_scale`, for the same `sample`.
         labels: N classes.
         sample: draw from the posteriors; otherwise their means are read.
         seed: random seed for the draws.
@@ -347,7 +347,7 @@ def load_latents(
 
     Args:
         images: the images.
-        vae: of `load_autoencoder`.
+        vae: an autoencoder from `load_autoencoder`.
         folder: where the file is kept. It is named by what is in it: a run that is refused later has replaced nothing.
         sample: draw latents from their posteriors; otherwise their means are read.
         mirrored: whether training mirrors images.

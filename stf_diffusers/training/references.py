@@ -116,7 +116,8 @@ def choose_references(
     parts = num_processes if shared else 1
     if batch_size * num_processes > total:
         raise ValueError(
-            f"batch_size={batch_size} on {num_processes} process(es) exceeds the {total} images there are. Lower it."
+            f"batch_size={batch_size} times the number of processes, {num_processes}, exceeds the {total} images "
+            "there are. Lower it."
         )
     kind = "none"
     if objective == "stf":

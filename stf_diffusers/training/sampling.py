@@ -46,7 +46,7 @@ def sample_images(
     """The images of these numbers: each a function of the pipeline, its number's seed and its label alone.
 
     Args:
-        pipeline: of `diffusers_pipeline`.
+        pipeline: as `diffusers_pipeline` makes it.
         indices: numbers of the images.
         seed_of: an image's seed, by its number.
         label_of: an image's class, by its number. None: all that the network knows in turn.
@@ -75,9 +75,9 @@ def sample_grid(
     """A grid of images, shared out over the processes; image k depends on the seed and k alone. Collective.
 
     Args:
-        pipeline: of `diffusers_pipeline`; moved to this process's device.
+        pipeline: as `diffusers_pipeline` makes it; moved to this process's device.
         num_samples: images in the grid; small ones are enlarged.
-        seed: of the grid.
+        seed: random seed for the grid.
         batch_size, num_inference_steps: as for `sample_images`.
     """
     state = PartialState()

@@ -238,7 +238,7 @@ def open_stream(
 
     Args:
         dataset: the data set.
-        image_column, label_column: its columns; found where there is only one of the kind.
+        image_column, label_column: names of its columns; detected if there is only one.
         class_conditional: whether labels are read.
         image_mode, resolution, center_crop: as for `make_reader`.
         batch_size, buffer_size, seed, process_index, num_processes: as for `ImageStream`.

@@ -97,7 +97,7 @@ class TrainingLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training: its time does not count."""
+        """Around work that is not training: its time does not count."""
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
@@ -107,7 +107,7 @@ class TrainingLog:
 
         Args:
             loss: its mean loss, a scalar.
-            output: (B, ...) of the network.
+            output: (B, ...) output of the network.
             batch: what the network was given, and its targets.
             clean: (B, ...) the images.
             step: number of the optimizer step.
@@ -186,7 +186,7 @@ class LevelProfile:
         self._sums.index_add_(1, place.long(), columns.double())
 
     def result(self) -> dict[str, list[float]]:
-        """Of the levels that were drawn, in ascending order: "noise_level" (the middle, on a log scale), "loss",
+        """Columns over the levels drawn, in ascending order: "noise_level" (the middle, on a log scale), "loss",
         "effective_sample_size", "variance_removed" and "rows". Collective.
         """
         sums = self.accelerator.reduce(self._sums, reduction="sum").cpu()
@@ -201,7 +201,7 @@ class MetricsFile:
     """What was logged, one JSON object a line; a run that resumes continues the file from its checkpoint's step.
 
     Args:
-        path: of the file.
+        path: path of the file.
         first_step: lines after it are dropped: these steps come again.
     """
 

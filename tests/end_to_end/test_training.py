@@ -128,7 +128,7 @@ def test_two_processes_train_checkpoint_and_resume(flags, tmp_path):
     more = ["--gradient_accumulation_steps", 2, "--mixed_precision", "bf16", "--checkpointing_steps", 2]
     said = accelerate_launch(flags(*more, "--max_train_steps", 3), processes=2)
     run = tmp_path / "run"
-    assert "3 steps of 16 images on 2 process(es)" in said
+    assert "3 steps of 16 images; processes: 2." in said
     assert torch.load(run / "checkpoint-2" / "scheduler.bin", weights_only=True)["last_epoch"] == 2
     assert len(list((run / "checkpoint-2").glob("random_states_*.pkl"))) == 2
     ended = weights(run)

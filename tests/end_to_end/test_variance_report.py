@@ -157,7 +157,7 @@ def test_names_are_escaped(image_folder, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--noise_process", "vp", "--p_mean", "0"], "--p_mean is no parameter of --noise_process vp"),
+        (["--noise_process", "vp", "--p_mean", "0"], "--p_mean is not a parameter of --noise_process vp"),
         (["--p_std", "0"], "--p_std must be positive"),
         (["--noise_process", "vp", "--max_noise_level", "1000"], "--max_noise_level 1000 is beyond"),
         (["--reference_batch_sizes", "5000"], "--reference_batch_sizes: there are"),

@@ -69,5 +69,5 @@ def test_the_references_that_are_chosen(images, tmp_path):
     shared = choose_references(images, 4, reference_batch_size=8, share_reference=True, num_processes=2)
     assert shared.shared and shared.n == 8 and "shared by all processes" in str(shared)
     assert not choose_references(images, 4, share_reference=True).shared, "with one process there is nothing to share"
-    with pytest.raises(ValueError, match=r"batch_size=4 on 4 process\(es\) exceeds the 12 images"):
+    with pytest.raises(ValueError, match="batch_size=4 times the number of processes, 4, exceeds the 12 images"):
         choose_references(images, 4, num_processes=4)

@@ -25,7 +25,7 @@ Args:
         `predictions` in evaluate, so it is not used.)
     extractor: name or folder of a vision model of transformers.
     reference, sampler, seeds: stamped on the result: which data and split, how the images were made, and their seeds.
-    evaluations: of the network per image, where it is known.
+    evaluations: number of network evaluations per image, if known.
     device, batch_size: for the features.
 Returns:
     frechet_distance, kernel_distance, kernel_distance_standard_error (over fresh predictions and data), precision, recall,
