@@ -45,7 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Solver of the probability-flow ODE.",
     )
     parser.add_argument(
-        "--class_label", type=int, help="Class of all images. Default for conditional models: all classes in turn."
+        "--class_label",
+        help="Class of all images, its number or its name. Default for conditional models: all classes in turn.",
     )
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="Scale of classifier-free guidance; 1: none.")
     parser.add_argument("--npz", action="store_true", help="Pack `images` (N, H, W, C) and `labels` into samples.npz.")
@@ -113,8 +114,15 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.set_progress_bar_config(disable=True)
     metadata = pipeline.scheduler.config.get(METADATA_KEY) or {}
     null_label, classes = metadata.get("null_label"), sampling_labels(network_of(pipeline), metadata)
-    if args.class_label is not None and args.class_label not in classes:
-        raise ValueError(f"--class_label {args.class_label}: the model knows {len(classes) or 'no'} classes.")
+    if args.class_label is not None:
+        names = metadata.get("class_names") or []
+        number = names.index(args.class_label) if args.class_label in names else args.class_label
+        if not str(number).isdecimal() or int(number) not in classes:
+            known = f", called {', '.join(names[:20])}" if names else ""
+            raise ValueError(
+                f"--class_label {args.class_label}: the model knows {len(classes) or 'no'} classes{known}."
+            )
+        args.class_label = int(number)
     if args.guidance_scale != 1 and null_label is None:
         raise ValueError("--guidance_scale needs a model that was trained with a dropped condition; this one was not.")
     settings = check_folder(args, fingerprint(pipeline))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -193,12 +193,19 @@ def _training_rows(
     }
     return {
         "data": dataset or metadata.get("dataset"),
+        "classes": _list_of(metadata.get("class_names") or []),
         "noise process": f"{name} ({', '.join(f'{k} = {v}' for k, v in parameters.items())})",
         "references per target": references.get(objective or ""),
         "optimizer steps": f"{metadata['steps']:,}" if "steps" in metadata else None,
         "images seen": f"{metadata['images_seen']:,}" if "images_seen" in metadata else None,
         "weights": {True: "averaged over the training (EMA)", False: "as trained"}.get(metadata.get("use_ema", "")),
     }
+
+
+def _list_of(class_names: Sequence[str], at_most: int = 20) -> str:
+    """The names of the classes by number, not more than so many of them."""
+    shown = ", ".join(f"{number} {name}" for number, name in enumerate(class_names[:at_most]))
+    return shown + (f", ... ({len(class_names):,} in all)" if len(class_names) > at_most else "")
 
 
 def _table(rows: Mapping[str, str | None]) -> str:

@@ -132,7 +132,7 @@ class STFPipeline(DiffusionPipeline):
         self,
         batch_size: int = 1,
         num_inference_steps: int = 18,
-        class_labels: Tensor | Sequence[int] | int | None = None,
+        class_labels: Tensor | Sequence[int] | Sequence[str] | int | str | None = None,
         guidance_scale: float = 1.0,
         solver: Solver = "heun",
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -150,7 +150,8 @@ class STFPipeline(DiffusionPipeline):
             batch_size: B.
             num_inference_steps: N. "heun" evaluates the network 2N - 1 times, "euler" and "scheduler" N times; "rk45"
                 chooses its steps itself.
-            class_labels: for a class-conditional network, one label for each image or one for all.
+            class_labels: for a class-conditional network, one label for each image or one for all, or the names of classes
+                that were saved with it.
             guidance_scale: scale of classifier-free guidance (1: none); the network must know a dropped condition.
             solver: solver of the probability-flow ODE: "heun" or "euler" on Karras et al. 2022's steps (eq. 5); "rk45",
                 adaptive (needs scipy); or "scheduler", the saved Diffusers scheduler's own.
@@ -249,7 +250,8 @@ class STFPipeline(DiffusionPipeline):
         config = network_of(self).config
         # The transformer has one more embedding than its config says, for the dropped condition.
         classes = config["num_embeds_ada_norm"] + 1 if "num_embeds_ada_norm" in config else config["num_class_embeds"]
-        return checked_class_labels(class_labels, batch_size, classes, device)
+        names = (self.scheduler.config.get(METADATA_KEY) or {}).get("class_names") or ()
+        return checked_class_labels(class_labels, batch_size, classes, device, names)
 
     def _sigma_range(self) -> tuple[float, float]:
         low, high = self.process.sampling_range()

@@ -53,14 +53,22 @@ def check_output_type(output_type: str, channels: int) -> None:
         raise ValueError(f"PIL has no images of {channels} channels: pass output_type='np' or 'pt'.")
 
 
-def checked_class_labels(class_labels: Any, batch_size: int, classes: int, device: torch.device) -> Tensor:
-    """(B,) int64 labels on the device, of one for each image or one for all.
+def checked_class_labels(
+    class_labels: Any, batch_size: int, classes: int, device: torch.device, names: Sequence[str] = ()
+) -> Tensor:
+    """(B,) int64 labels on the device, from one for each image or one for all, by number or by name.
 
     Raises:
         TypeError: they are not integers.
         ValueError: there are too few or too many, or one of them is not a class.
     """
     wanted = f"{batch_size} integers from 0 to {classes - 1}, or one for all"
+    called = [class_labels] if isinstance(class_labels, str) else class_labels
+    if isinstance(called, list | tuple) and called and all(isinstance(name, str) for name in called):
+        unknown = sorted(set(called) - set(names))
+        if unknown:
+            raise ValueError(f"no class is called {unknown}; the model knows {list(names)[:20] or 'no names'}.")
+        class_labels = [names.index(name) for name in called]
     try:
         labels = torch.as_tensor(class_labels, device=device).reshape(-1)
     except (TypeError, ValueError, RuntimeError) as error:

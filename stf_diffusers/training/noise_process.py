@@ -65,6 +65,10 @@ def choose_process(
         raise ValueError(f"{foreign[0]}= is not a parameter of noise_process={name!r}; leave it out.")
     if given.get("sigma_data") == "auto":
         given["sigma_data"] = round(standard_deviation(), 4)
+        if not given["sigma_data"]:
+            raise ValueError(
+                "the images that sigma_data is measured on are all of one level. Pass sigma_data=, for instance 0.5."
+            )
     if given.get("time_distribution", saved_process.get("time_distribution")) != "logit_normal":
         for parameter in ("logit_mean", "logit_std"):
             if parameter in given:
