@@ -193,7 +193,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--share_reference", action="store_true",
         help="Spread the references over the processes: each holds a part of the bank, or of a common reference "
              "batch.")
-    method.add_argument("--noise_process", choices=list(NOISE_PROCESSES), help="Default: edm.")
+    method.add_argument("--noise_process", choices=[*NOISE_PROCESSES, "discrete"],
+        help="Forward process; discrete: the timesteps of a DDPM. Default: that of the pretrained pipeline, otherwise edm.")
+    method.add_argument("--prediction_type", choices=["epsilon", "v_prediction", "sample"],
+        help="DISCRETE: what the network predicts. Default: epsilon, or as pretrained.")
+    method.add_argument("--ddpm_num_steps", type=count,
+        help="DISCRETE: number of timesteps. Default: 1000, or as pretrained.")
+    method.add_argument("--ddpm_beta_schedule", choices=["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"],
+        help="DISCRETE: schedule of the betas. Default: linear, or as pretrained.")
     for flag, how in process_flags().items():
         method.add_argument(f"--{flag}", **how)
     method.add_argument("--reorient", type=share, default=0.0,
@@ -365,8 +372,7 @@ if __name__ == "__main__":
     parse_args()  # --help and a mistyped flag do not wait for the imports below, which take seconds
 
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
+from accelerate.utils import gather_object, send_to_device
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
@@ -375,90 +381,36 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from stf_diffusers import STFTrainingObjective
 from stf_diffusers.export import diffusers_pipeline, process_to_config, read_metadata, save_pipeline
 from stf_diffusers.model_card import model_card
-from stf_diffusers.plotting import plot_training_levels
 from stf_diffusers.training import run_folder
-from stf_diffusers.training.autoencoder import check_fit, digest_of_autoencoder, load_autoencoder
+from stf_diffusers.training.autoencoder import check_fit, check_same_autoencoder, load_autoencoder
 from stf_diffusers.training.averages import ExponentialAverage, PostHocAverages
 from stf_diffusers.training.checkpoints import check_finite, load_checkpoint, read_step, save_checkpoint
 from stf_diffusers.training.conditioning import reoriented
-from stf_diffusers.training.data_set import load_split
+from stf_diffusers.training.data_set import load_split, public_name
 from stf_diffusers.training.evaluation import Evaluation
 from stf_diffusers.training.hub_upload import HubUpload
 from stf_diffusers.training.image_data import flip_at_random, open_images
 from stf_diffusers.training.latents import load_latents
+from stf_diffusers.training.launch import make_accelerator
 from stf_diffusers.training.network import new_network, pretrained_network
-from stf_diffusers.training.noise_process import choose_process
+from stf_diffusers.training.noise_process import DISCRETE_PARAMETERS, choose_process
 from stf_diffusers.training.references import choose_references
-from stf_diffusers.training.run_lock import RunLock, check_number_of_processes
+from stf_diffusers.training.run_lock import RunLock
 from stf_diffusers.training.sampling import sample_grid, seed_for, seeded_generator
 from stf_diffusers.training.sources import TrainingImages
 from stf_diffusers.training.stop_signal import REQUEUE_EXIT_CODE, StopSignal, settle_communication, stop_with_launcher
 from stf_diffusers.training.streaming import open_stream
-from stf_diffusers.training.training_log import MetricsFile, TargetShare, TrainingLog, log_picture, tracker_may_fail
+from stf_diffusers.training.training_log import (
+    MetricsFile,
+    TargetShare,
+    TrainingLog,
+    log_picture,
+    save_profile,
+    start_trackers,
+    tracker_may_fail,
+)
 
 # ---- the parts of a run that need its flags
-
-
-def available_trackers() -> list[str]:
-    return [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
-
-
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The Accelerator of this run.
-
-    Raises:
-        ValueError: a distributed mode or device that this script is not tested on.
-    """
-    unsupported = "{} is not supported. Use data parallelism: choose it in `accelerate config`."
-    for mode in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        # What `accelerate launch` sets; Accelerate itself passes over some of them in silence, on a CPU for instance.
-        if os.environ.get(f"ACCELERATE_USE_{mode}", "false").lower() == "true":
-            raise ValueError(unsupported.format(mode))
-    trackers = available_trackers()
-    if args.report_to not in (None, "all", "none", *trackers):
-        raise ValueError(f"--report_to {args.report_to}: installed trackers are {', '.join(trackers) or 'none'}.")
-    report_to = args.report_to or ("tensorboard" if "tensorboard" in trackers else "none")
-    accelerator = Accelerator(
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
-        ),
-        mixed_precision=args.mixed_precision,
-        log_with=None if report_to == "none" else report_to,
-        project_dir=str(Path(args.output_dir) / args.logging_dir),
-        # The schedule counts optimizer steps and is stepped once for each, whatever the number of processes.
-        step_scheduler_with_optimizer=False,
-    )
-    check_mode(accelerator.distributed_type, accelerator.device)
-    check_number_of_processes(accelerator.num_processes)
-    return accelerator
-
-
-def check_mode(mode: DistributedType, device: torch.device) -> None:
-    """Raise ValueError for a distributed mode or device that this script is not tested on."""
-    if mode not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(f"{mode.value} is not supported. Use data parallelism: choose it in `accelerate config`.")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(
-            f"device {device.type} is not supported: targets need float64. Pass --cpu to `accelerate launch`."
-        )
-
-
-def load_vae(args: argparse.Namespace, device: torch.device) -> ModelMixin:
-    """The autoencoder.
-
-    Raises:
-        ValueError: there is none, or it is not that of the pipeline that is fine-tuned.
-    """
-    vae = load_autoencoder(args.vae, args.cache_dir).to(device)
-    pretrained = args.pretrained_model_name_or_path
-    if pretrained:
-        own = load_autoencoder(pretrained, args.cache_dir).to(device)
-        if digest_of_autoencoder(own) != digest_of_autoencoder(vae):
-            raise ValueError(
-                f"--vae {args.vae}: the pretrained network knows the latents of its own pipeline's autoencoder, with their "
-                f"scale folded in. Pass --vae {pretrained}."
-            )
-    return vae
 
 
 def due(step: int, every: int | None) -> bool:
@@ -505,38 +457,6 @@ def describe_settings(
     return as_saved
 
 
-def start_trackers(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Start the trackers; they get the flags, without the token, which opens the user's account.
-
-    Raises:
-        ValueError: one does not start.
-    """
-    flags = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
-    try:
-        accelerator.init_trackers("stf_diffusers", config=flags)
-    # Whatever a tracker's client raises where its server or folder cannot be reached.
-    except Exception as error:
-        raise ValueError(
-            f"--report_to: the tracker does not start: {error}. Make its server or folder reachable, or pass --report_to none."
-        ) from error
-
-
-def save_levels(profile: dict[str, list[float]], path: Path) -> None:
-    """A picture of the loss and of what references took from the targets' variance, by noise level."""
-    try:
-        figure = plot_training_levels(**profile)
-    except ImportError:
-        logger.info("Loss and variance by noise level are drawn where matplotlib is installed: pip install matplotlib.")
-        return
-    figure.savefig(path)
-    logger.info("Loss and variance removed by noise level: %s", path)
-
-
-def public_name(name: str | None) -> str | None:
-    """A name on the Hub as it is; of a local path, the last part only."""
-    return Path(name).resolve().name if name is not None and Path(name).exists() else name
-
-
 def end(accelerator: Accelerator, hub: HubUpload | None, output_dir: Path, patience: float = 1800) -> None:
     """Say what is on the Hub, waiting so many seconds for uploads, and end processes and trackers in order."""
     if hub is not None:
@@ -560,7 +480,12 @@ def main(argv: list[str] | None = None) -> None:
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         stack.enter_context(errors_in_flags(vars(args), FLAG_OF, printed=process_flags()))
-        accelerator = make_accelerator(args)
+        accelerator = make_accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            report_to=args.report_to,
+            project_dir=Path(args.output_dir) / args.logging_dir,
+        )
         process_index, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
         logging.basicConfig(format="%(message)s")
         for name in (NAME, "stf_diffusers"):
@@ -617,8 +542,12 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- noise process and network
         pretrained = args.pretrained_model_name_or_path
-        saved = read_metadata(pretrained, cache_dir=args.cache_dir) if pretrained else None
-        given = {flag: getattr(args, flag) for flag in process_flags() if getattr(args, flag) is not None}
+        try:
+            saved = read_metadata(pretrained, cache_dir=args.cache_dir) if pretrained else None
+        except OSError as error:
+            raise ValueError(f"--pretrained_model_name_or_path {pretrained} cannot be read: {error}") from error
+        parameters = (*process_flags(), *DISCRETE_PARAMETERS)
+        given = {flag: getattr(args, flag) for flag in parameters if getattr(args, flag) is not None}
         begun_on = run_folder.run_of(resume).get("process", {})
         if "sigma_data" in begun_on and args.noise_process in (None, begun_on["name"]):
             given.setdefault("sigma_data", begun_on["sigma_data"])
@@ -628,14 +557,11 @@ def main(argv: list[str] | None = None) -> None:
             standard_deviation=(lambda: 1.0) if args.vae else (lambda: images.standard_deviation),
             saved=saved,
         )
-        if pretrained and saved is None:
-            name = process_to_config(process)["name"]
-            logger.warning(
-                "The pretrained pipeline does not say how it was trained: its network must adapt to %s.", name
-            )
         objective = STFTrainingObjective(process)
-        vae, shape = load_vae(args, device) if args.vae else None, images.shape
+        vae, shape = load_autoencoder(args.vae, args.cache_dir).to(device) if args.vae else None, images.shape
         if vae is not None:
+            if pretrained:
+                check_same_autoencoder(vae, pretrained, args.cache_dir)
             shape, _ = check_fit(vae, pixels.__getitems__([0])["images"])
         torch.manual_seed(seed_for(args.seed))
         labelled = {"num_classes": images.num_classes, "class_dropout": args.class_dropout, "reorient": args.reorient}
@@ -647,8 +573,9 @@ def main(argv: list[str] | None = None) -> None:
             )
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        # An impossible range or combination fails now, not after the training.
-        diffusers_pipeline(network, process, vae=vae, **sampling_range)
+        # An impossible range, combination or number of steps fails now, not after the training.
+        sampler = diffusers_pipeline(network, process, vae=vae, **sampling_range).scheduler
+        sampler.set_timesteps(args.num_inference_steps)
         sampling = {
             "seed": args.seed,
             "batch_size": args.eval_batch_size or args.train_batch_size,
@@ -739,7 +666,8 @@ def main(argv: list[str] | None = None) -> None:
             output_dir.mkdir(parents=True, exist_ok=True)
             run_folder.remove_leftovers(output_dir)
         accelerator.wait_for_everyone()
-        start_trackers(args, accelerator)
+        # The token opens the user's account.
+        start_trackers(accelerator, {name: value for name, value in vars(args).items() if name != "hub_token"})
         metrics_file = None
         if accelerator.is_main_process:  # nothing at the start can fail any more
             if args.overwrite_output_dir:
@@ -825,7 +753,7 @@ def main(argv: list[str] | None = None) -> None:
                 log.waited(time.perf_counter() - started)
                 draws = partial(seeded_generator, device, args.seed, process_index, step, micro)
                 torch.manual_seed(seed_for(args.seed, process_index, step, micro, DROPOUT))
-                batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+                batch = send_to_device(batch, device, non_blocking=True)
                 if flips:
                     batch["reference_images"] = flip_at_random(batch["reference_images"], draws(FLIPS))
                 sources = batch["reference_images"][: args.train_batch_size]
@@ -884,7 +812,7 @@ def main(argv: list[str] | None = None) -> None:
         save(max(first_step, max_steps))
         profile = log.profile.result()
         if accelerator.is_main_process and profile["rows"]:
-            save_levels(profile, output_dir / run_folder.SAMPLES / "noise_levels.png")
+            save_profile(profile, output_dir / run_folder.SAMPLES / "noise_levels.png")
         end(accelerator, hub, output_dir)
 
 

@@ -9,10 +9,13 @@ import tempfile
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import diffusers
 import torch
 from diffusers import (
     ConsistencyModelPipeline,
+    DDIMScheduler,
     DDPMPipeline,
+    DDPMScheduler,
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -21,12 +24,21 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
     ModelMixin,
+    SchedulerMixin,
     UNet2DModel,
 )
 
 from .files import sync
-from .noise import EDM, EDM_SAMPLING_RANGE, NOISE_PROCESSES, NoiseProcess
+from .noise import EDM_SAMPLING_RANGE, NOISE_PROCESSES, NoiseProcess
 from .scheduler_process import SchedulerProcess
+from .stock_schedulers import (
+    DISCRETE,
+    DISCRETE_SCHEDULERS,
+    process_of_scheduler,
+    scheduler_from_config,
+    scheduler_to_config,
+    trained_betas,
+)
 
 # Key of the training metadata in the saved scheduler's config. Diffusers keeps keys that start with an underscore
 # through loading and saving, and does not warn of them.
@@ -38,6 +50,9 @@ PIPELINE_PARTS = ("unet", "unet_raw", "transformer", "transformer_raw", "vae", "
 # The denoisers that are saved here.
 Network: TypeAlias = UNet2DModel | DiTTransformer2DModel
 
+# sigma / alpha above which there is next to no signal: levels are not told apart there.
+_NO_SIGNAL = 1000.0
+
 # `DiTPipeline` takes this class for a dropped condition, whatever the network's number of classes.
 DIT_NULL_LABEL = 1000
 
@@ -45,58 +60,60 @@ DIT_NULL_LABEL = 1000
 def process_to_config(process: NoiseProcess) -> dict[str, Any]:
     """A noise process as a JSON dictionary, ``{"name": "edm", "sigma_data": 0.5, ...}``.
 
+    That of a scheduler is ``{"name": "discrete", "scheduler": {"_class_name": "DDPMScheduler", ...}}``, with its config.
+
     Raises:
-        TypeError: the process is not in `NOISE_PROCESSES`.
+        TypeError: the process is not in `NOISE_PROCESSES`, nor that of a `DDPMScheduler` or `DDIMScheduler`.
     """
+    if isinstance(process, SchedulerProcess) and process.scheduler_name in DISCRETE_SCHEDULERS:
+        return {"name": DISCRETE, "scheduler": scheduler_to_config(process.scheduler)}
     for name, kind in NOISE_PROCESSES.items():
-        if isinstance(process, kind):
+        # One that derives from it is another process.
+        if isinstance(process, kind) and type(process) is kind:
             return {"name": name, **dataclasses.asdict(process)}
-    raise TypeError(f"only {', '.join(NOISE_PROCESSES)} processes can be saved; got {type(process).__name__}.")
+    raise TypeError(
+        f"only {', '.join(NOISE_PROCESSES)} processes and those of {' and '.join(DISCRETE_SCHEDULERS)} can be saved; got "
+        f"{process}."
+    )
 
 
 def process_from_config(config: dict[str, Any]) -> NoiseProcess:
     """The inverse of `process_to_config`.
 
     Raises:
-        ValueError: the name is not in `NOISE_PROCESSES`.
+        ValueError: the name is neither "discrete" nor in `NOISE_PROCESSES`.
     """
     parameters = dict(config)
     name = parameters.pop("name", None)
+    if name == DISCRETE:
+        return SchedulerProcess(scheduler_from_config(parameters["scheduler"]), interpolate=True)
     if name not in NOISE_PROCESSES:
-        raise ValueError(f"the saved noise process {name!r} is none of {', '.join(NOISE_PROCESSES)}.")
+        raise ValueError(f"the saved noise process {name!r} is none of {', '.join((*NOISE_PROCESSES, DISCRETE))}.")
     process: NoiseProcess = NOISE_PROCESSES[name](**parameters)
     return process
 
 
-def trained_betas(sigmas: torch.Tensor) -> list[float]:
-    """The betas of a discrete variance-preserving chain with the given noise-to-signal ratios.
-
-    Args:
-        sigmas: (T,) float64, positive, strictly increasing: sigma/alpha at timesteps 0 .. T - 1.
-
-    Returns:
-        T floats for a Diffusers scheduler's `trained_betas`: ``1 - abar_i / abar_{i-1}`` with
-        ``abar = 1 / (1 + sigma^2)`` and ``abar_{-1} = 1``.
-    """
-    # log1p and expm1: as a difference of products of numbers near 1 the smallest betas would keep few digits.
-    log_signal = -torch.log1p(sigmas.to(torch.float64) ** 2)
-    return (-torch.expm1(torch.diff(log_signal, prepend=torch.zeros(1, dtype=torch.float64)))).tolist()
-
-
 def sampling_scheduler(
     process: NoiseProcess, sigma_min: float | None = None, sigma_max: float | None = None, *, scales_input: bool = False
-) -> EDMDPMSolverMultistepScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler:
+) -> (
+    EDMDPMSolverMultistepScheduler
+    | DPMSolverMultistepScheduler
+    | FlowMatchEulerDiscreteScheduler
+    | DDPMScheduler
+    | DDIMScheduler
+):
     """The Diffusers scheduler whose samples follow `process`: what is saved beside a network trained on it.
 
-    It depends on the process's `scheduler_family`. EDM networks get the EDM variant of DPM-Solver++. Networks with a
-    thousand integer timesteps (VE, VP) get DPM-Solver++ with `trained_betas` that are the process's own noise levels there,
-    visited at Karras et al.'s spacing. Flow-matching networks get Euler's method for flows.
+    It depends on the process's `scheduler_family`. EDM networks get the EDM variant of DPM-Solver++. Networks with integer
+    timesteps (VE, VP) get DPM-Solver++ with `trained_betas` that are the process's own noise levels there, visited at Karras
+    et al.'s spacing. Flow-matching networks get Euler's method for flows. A `SchedulerProcess` has its own scheduler.
 
     Args:
-        process: a process of `NOISE_PROCESSES`.
+        process: a process of `NOISE_PROCESSES`, or that of a `DDPMScheduler` or `DDIMScheduler`.
         sigma_min, sigma_max: EDM alone: extremes of the noise when sampling (default 0.002 and 80).
         scales_input: the pipeline calls `scale_model_input`, which Euler's method for flows lacks: flow-matching networks
-            get DPM-Solver++ with the noise levels of flows, which rounds timesteps down to integers.
+            get DPM-Solver++ with the noise levels of flows, which rounds timesteps down to integers. Such pipelines draw no
+            noise from a generator, or take labels and few steps: there a `SchedulerProcess` gets DPM-Solver++ as VP does.
 
     Raises:
         TypeError: a process that no scheduler of Diffusers is known to sample.
@@ -115,12 +132,19 @@ def sampling_scheduler(
             return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
         return FlowMatchEulerDiscreteScheduler()
     if process.scheduler_family is None:
-        raise TypeError(
-            f"no Diffusers scheduler is known here for {type(process).__name__}; use EDM, VE, VP or FlowMatching."
-        )
-    t = process.integer_times()
-    ratio = process.sigma(t) / process.alpha(t)
-    scheduler = DPMSolverMultistepScheduler(trained_betas=trained_betas(ratio), use_karras_sigmas=True)
+        raise TypeError(f"no Diffusers scheduler is known here for {process}; use EDM, VE, VP or FlowMatching.")
+    if isinstance(process, SchedulerProcess) and not scales_input:
+        return scheduler_from_config(scheduler_to_config(process.scheduler))
+    ratio = _noise_to_signal(process)
+    # Where the last levels lie far apart (cosine, zero terminal SNR), several of Karras et al.'s would be rounded to one
+    # timestep, and the solver would lose its place.
+    spacing = {"use_karras_sigmas": True} if ratio[-1] < 1.02 * ratio[-2] else {"timestep_spacing": "trailing"}
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=len(ratio),
+        trained_betas=trained_betas(ratio),
+        prediction_type=process.prediction_type,
+        **spacing,
+    )
     # Diffusers multiplies a thousand factors near 1 in float32, which loses noise levels below about 0.002.
     kept = (1 / scheduler.alphas_cumprod.double() - 1).sqrt()
     if not bool(((kept / ratio - 1).abs() < 0.01).all()):
@@ -129,6 +153,13 @@ def sampling_scheduler(
             "Diffusers' schedulers. Raise sigma_min (VE) or beta_min (VP)."
         )
     return scheduler
+
+
+def _noise_to_signal(process: NoiseProcess) -> torch.Tensor:
+    """(T,) float64: sigma / alpha at a process's integer timesteps, finite also at a zero terminal SNR."""
+    t = process.integer_times()
+    ratio = process.sigma(t).double() / process.alpha(t).double()
+    return torch.where(ratio.isinf(), 2 * ratio[-2], ratio)
 
 
 def process_of(scheduler: Any, network: Any = None) -> NoiseProcess:
@@ -140,15 +171,7 @@ def process_of(scheduler: Any, network: Any = None) -> NoiseProcess:
     metadata = scheduler.config.get(METADATA_KEY) or {}
     if network is not None:
         metadata = network.config.get(METADATA_KEY) or metadata
-    if "process" not in metadata:
-        table = None if _samples_flows(scheduler) else SchedulerProcess(scheduler)
-        if table is not None and table.family == "edm" and table.prediction_type == "epsilon":
-            return EDM(sigma_data=table.sigma_data)
-        raise ValueError(
-            f"the config of this {type(scheduler).__name__} does not say which noise process the network was trained on. "
-            "Load the folder that the training saved, with the scheduler in it, or sample in plain Diffusers."
-        )
-    process = process_from_config(metadata["process"])
+    process = process_from_config(metadata["process"]) if "process" in metadata else process_of_scheduler(scheduler)
     if not _follows(scheduler, process):
         raise ValueError(
             f"{type(scheduler).__name__} does not follow {process}, which the network was trained on, and would give "
@@ -167,16 +190,12 @@ def _follows(scheduler: Any, process: NoiseProcess) -> bool:
         expected = scheduler.config.get("prediction_type", "flow_prediction")
         return process.scheduler_family == "flow" and expected == "flow_prediction"
     table = SchedulerProcess(scheduler)
-    if table.family != process.scheduler_family or table.prediction_type != "epsilon":
+    if table.family != process.scheduler_family or table.prediction_type != process.prediction_type:
         return False
     if table.family == "edm":
         return table.sigma_data == process.sigma_data
-    t = process.integer_times()
-    if len(table.timesteps) != len(t):
-        return False
-    found = table.sigma(table.timesteps).double() / table.alpha(table.timesteps).double()
-    wanted = process.sigma(t) / process.alpha(t)
-    return bool(((found / wanted - 1).abs() < 0.01).all())
+    found, wanted = (_noise_to_signal(of).clamp(max=_NO_SIGNAL) for of in (table, process))
+    return len(found) == len(wanted) and bool(((found / wanted - 1).abs() < 0.01).all())
 
 
 StockPipeline: TypeAlias = ConsistencyModelPipeline | DDPMPipeline | DiTPipeline | LDMPipeline
@@ -194,11 +213,11 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
     """
     if isinstance(network, DiTTransformer2DModel):
         if vae is None:
-            raise ValueError("Diffusers samples a DiTTransformer2DModel with an autoencoder only: pass --vae.")
+            raise ValueError("Diffusers samples a DiTTransformer2DModel with an autoencoder only: pass vae=.")
         if math.isinf(process.last_time):
             raise ValueError(
                 f"DiTPipeline starts from noise of variance 1, which {type(process).__name__} has not. Train a "
-                "DiTTransformer2DModel on --noise_process vp or flow."
+                "DiTTransformer2DModel on noise_process='vp' or noise_process='flow'."
             )
         return DiTPipeline
     conditional = network.config["num_class_embeds"] is not None
@@ -206,7 +225,7 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
         if conditional:
             raise ValueError(
                 "Diffusers has no pipeline for latents of a UNet2DModel with classes. Use a DiTTransformer2DModel "
-                "(--model_config examples/configs/dit_latents.json), or leave the classes out."
+                "(model_config='dit_latents'), or leave the classes out."
             )
         return LDMPipeline
     if not conditional and process.scheduler_family != "edm":
@@ -215,8 +234,8 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
         height, width = network.config["sample_size"]
         raise ValueError(
             f"the images are {height}x{width}. Diffusers samples EDM networks, and networks with classes, by "
-            "ConsistencyModelPipeline, which makes square images alone. Pass --noise_process vp, ve or flow without classes, or "
-            "one side as --resolution."
+            "ConsistencyModelPipeline, which makes square images alone. Pass noise_process='vp', noise_process='ve' or "
+            "noise_process='flow' without classes, or one side as resolution=."
         )
     return ConsistencyModelPipeline
 
@@ -298,17 +317,44 @@ def sampling_labels(network: Network, metadata: dict[str, Any]) -> list[int]:
 
 def read_metadata(
     pretrained_model_name_or_path: str | os.PathLike[str], cache_dir: str | None = None
-) -> dict[str, Any] | None:
-    """The training metadata of a saved pipeline, a folder or a Hub repository; None where another package trained it.
+) -> dict[str, Any]:
+    """The training metadata of a saved pipeline, a folder or a Hub repository.
+
+    Of a pipeline that another package trained, its process and the range of noise levels that it is sampled at.
 
     Raises:
         OSError: there is no such pipeline.
+        ValueError: another package trained it, and its scheduler does not say on which process.
     """
-    # Any scheduler class reads the file; none is constructed.
-    config = DPMSolverMultistepScheduler.load_config(
-        pretrained_model_name_or_path, subfolder="scheduler", cache_dir=cache_dir
+    where: dict[str, Any] = {"cache_dir": cache_dir}
+    # Any scheduler class, any model class reads the file.
+    config = DDPMScheduler.load_config(pretrained_model_name_or_path, subfolder="scheduler", **where)
+    if METADATA_KEY in config:
+        return dict(config[METADATA_KEY])
+    part = (
+        "transformer"
+        if "transformer" in DiffusionPipeline.load_config(pretrained_model_name_or_path, **where)
+        else "unet"
     )
-    return config.get(METADATA_KEY)
+    network = UNet2DModel.load_config(pretrained_model_name_or_path, subfolder=part, **where)
+    if METADATA_KEY in network:
+        return dict(network[METADATA_KEY])
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+    if not known:
+        raise ValueError(
+            f"{pretrained_model_name_or_path}: {config.get('_class_name')} is no scheduler of Diffusers, so that it is not "
+            "known on which noise process the network was trained. Save the pipeline with one."
+        )
+    try:
+        process = process_of_scheduler(kind.from_config(config))
+    except (TypeError, ValueError, ImportError) as error:
+        raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
+    limits = ("sigma_min", "sigma_max") if process.scheduler_family == "edm" else ()
+    return {
+        "process": process_to_config(process),
+        "sampling_range": {limit: config[limit] for limit in limits if limit in config},
+    }
 
 
 def save_pipeline(

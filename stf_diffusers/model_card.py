@@ -18,6 +18,8 @@ from .export import (
     stock_pipeline_class,
 )
 from .noise import NoiseProcess
+from .scheduler_process import SchedulerProcess
+from .stock_schedulers import DISCRETE_SCHEDULERS
 
 _TEMPLATE = """---
 {header}
@@ -69,6 +71,8 @@ _ADVICE = {
     "which is far too few for this model.",
     "DDPMPipeline": "Without `num_inference_steps` the pipeline takes 1,000 steps; the multistep solver that is saved "
     "needs a few tens.",
+    "discrete": "`num_inference_steps` can be at most the number of timesteps above, with which the images are best: the "
+    "scheduler is that of the training. In a few tens of steps, use a multistep solver or `stf_diffusers`.",
     "LDMPipeline": "The pipeline decodes with the autoencoder in `vqvae/`: the scale of the latents that the network was trained "
     "on is part of it.",
     "DiTPipeline": "Class 1000 stands for no class. The pipeline decodes with the autoencoder in `vae/`: the scale of the latents "
@@ -160,7 +164,7 @@ def model_card(
             steps=num_inference_steps,
             more="".join(f", {argument}" for argument in more),
             arguments=", ".join(arguments),
-            advice=_ADVICE[stock.__name__],
+            advice=_ADVICE["discrete" if type(pipeline.scheduler).__name__ in DISCRETE_SCHEDULERS else stock.__name__],
             picture=_PICTURE.format(grid=grid) if grid else "",
             measured=_MEASURED.format(rows=_table({k: f"{v:.4g}" for k, v in metrics.items()})) if metrics else "",
         ),
@@ -174,6 +178,14 @@ def _training_rows(
     """How the network was trained, by what it is called; None where the metadata do not tell."""
     parameters = process_to_config(process)
     name = parameters.pop("name").upper()
+    if isinstance(process, SchedulerProcess):
+        config = process.scheduler.config
+        betas = "trained_betas" if config["trained_betas"] is not None else config["beta_schedule"]
+        parameters = {
+            "timesteps": config["num_train_timesteps"],
+            "betas": betas,
+            "prediction": config["prediction_type"],
+        }
     references = {
         "stf": f"{metadata.get('reference_batch_size', 0):,}"
         + (" (all of the data)" if metadata.get("reference") == "bank" else ""),

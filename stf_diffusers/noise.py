@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,18 +48,19 @@ class NoiseProcess(ABC):
     """What the rest of the package knows of a forward process. All methods take t as (B,) and return (B,).
 
     A new process is one such class, a frozen dataclass whose fields are made by `parameter`, and one line in
-    `NOISE_PROCESSES`: training, saving and sampling take it from there.
+    `NOISE_PROCESSES`: training, saving and sampling take it from there. Attributes that are no parameters have no annotation.
 
     Attributes:
         last_time: the largest time that there is.
         scheduler_family: which Diffusers schedulers sample a network trained on it, by what they know of the noise:
             "edm", those that precondition the network as Karras et al. do (the process has a `sigma_data`);
-            "alphas_cumprod", those with a thousand timesteps (`integer_times`) and a network that predicts the noise;
+            "alphas_cumprod", those with integer timesteps (`integer_times`), at which the network returns `prediction_type`;
             "flow", those of flow matching. None: none.
     """
 
-    last_time: ClassVar[float] = math.inf
-    scheduler_family: ClassVar[SchedulerFamily | None] = None
+    last_time: float = math.inf
+    scheduler_family: SchedulerFamily | None = None
+    prediction_type: str = "epsilon"
     sigma_data: float
 
     @abstractmethod
@@ -93,7 +94,10 @@ class NoiseProcess(ABC):
         """(a, b), each (B,): the network's own output is ``a x0 + b noise``."""
 
     def integer_times(self) -> Tensor:
-        """(1000,) float64: the times whose `timestep` is 0, 1, ... 999. For the family "alphas_cumprod"."""
+        """(T,) float64: the times whose `timestep` is 0, 1, ... T - 1, of 1,000 unless the process has its own number.
+
+        For the family "alphas_cumprod".
+        """
         raise TypeError(f"{type(self).__name__} has no integer timesteps.")
 
     def sampling_range(self) -> tuple[float, float]:
@@ -141,7 +145,7 @@ class EDM(NoiseProcess):
     p_mean: float = parameter(-1.2, "Mean of ln(sigma) in training", at_least=-20, at_most=20)
     p_std: float = parameter(1.2, "Standard deviation of ln(sigma) in training", above=0, at_most=10)
 
-    scheduler_family: ClassVar[SchedulerFamily | None] = "edm"
+    scheduler_family = "edm"
 
     def __post_init__(self) -> None:
         _require(
@@ -186,7 +190,7 @@ class VE(NoiseProcess):
     sigma_min: float = parameter(0.02, "Smallest noise level", above=0)
     sigma_max: float = parameter(100.0, "Largest noise level", above=0)
 
-    scheduler_family: ClassVar[SchedulerFamily | None] = "alphas_cumprod"
+    scheduler_family = "alphas_cumprod"
 
     def __post_init__(self) -> None:
         _require(
@@ -243,8 +247,8 @@ class VP(NoiseProcess):
     beta_min: float = parameter(0.1, "beta(0)", at_least=0)
     epsilon_t: float = parameter(1e-5, "Smallest training time", above=0, at_most=0.5)
 
-    last_time: ClassVar[float] = 1.0
-    scheduler_family: ClassVar[SchedulerFamily | None] = "alphas_cumprod"
+    last_time = 1.0
+    scheduler_family = "alphas_cumprod"
 
     def __post_init__(self) -> None:
         _require(self.beta_d > 0, f"beta_d must be positive; got {self.beta_d}. Song et al. use 19.9.")
@@ -304,8 +308,8 @@ class FlowMatching(NoiseProcess):
     logit_mean: float = parameter(0.0, "Mean of logit(t), for logit-normal times", at_least=-20, at_most=20)
     logit_std: float = parameter(1.0, "Standard deviation of logit(t), for logit-normal times", above=0, at_most=10)
 
-    last_time: ClassVar[float] = 1.0
-    scheduler_family: ClassVar[SchedulerFamily | None] = "flow"
+    last_time = 1.0
+    scheduler_family = "flow"
 
     def __post_init__(self) -> None:
         _require(
@@ -342,5 +346,6 @@ class FlowMatching(NoiseProcess):
         return prediction_coefficients("flow_prediction", self.alpha(t), self.sigma(t))
 
 
-# The processes that can be trained on, saved and sampled, by the names that they have on a command line and in saved folders.
+# The processes in continuous time that can be trained on, saved and sampled, by the names that they have on a command line
+# and in saved folders. The one of integer timesteps, "discrete", is described by a Diffusers scheduler: `SchedulerProcess`.
 NOISE_PROCESSES: dict[str, type[Any]] = {"edm": EDM, "ve": VE, "vp": VP, "flow": FlowMatching}

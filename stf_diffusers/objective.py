@@ -19,7 +19,8 @@ from .noise import NoiseProcess, expand_as_rows
 from .posterior import PosteriorMean, check_tensor, full_precision, pixels_to_float
 from .prediction import prediction_coefficients
 from .reference_bank import ReferenceBank
-from .reference_set import ReferenceBatch, ReferenceSet, check_integers
+from .reference_batch import refuse_dispatched_references
+from .reference_set import ReferenceBatch, ReferenceSet, SharedReferences, check_integers
 from .scheduler_process import SchedulerProcess
 
 
@@ -78,13 +79,20 @@ class STFTrainingObjective:
         """The objective of a Diffusers script that calls `noise_scheduler.add_noise`; prediction type from its config.
 
         Raises:
-            TypeError, ValueError: as `SchedulerProcess`. A warning says where the scheduler's `add_noise` is not usable.
+            TypeError, ValueError: as `SchedulerProcess`. Warnings say where the scheduler's `add_noise` is not usable, and
+                where targets differ from its `get_velocity`.
         """
         process = SchedulerProcess(noise_scheduler)
         if process.add_noise_is_backward:
             warnings.warn(
                 f"{process.scheduler_name}.add_noise, before set_timesteps, does not add the noise that belongs to a "
                 "timestep. Add noise with DDPMScheduler.from_config(scheduler.config), or use perturb().",
+                stacklevel=2,
+            )
+        if process.velocity_is_backward:
+            warnings.warn(
+                f"{process.scheduler_name}.get_velocity reads the noise of another timestep. Targets here belong to the "
+                "noise that add_noise adds: a network that was trained on get_velocity has learnt others, so train it anew.",
                 stacklevel=2,
             )
         return cls(process)
@@ -277,6 +285,8 @@ class STFTrainingObjective:
                 check_integers(name, values, len(x0))
         if reference is None:
             return None
+        if isinstance(reference, (Tensor, SharedReferences)):
+            refuse_dispatched_references()
         if isinstance(reference, Tensor):
             reference = ReferenceBatch(reference, reference_labels, num_unconditional)
             reference.check_shapes(x0, source_index, labels)

@@ -8,10 +8,19 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Optional
+from typing import Any, ClassVar, Literal, Optional, Union
 
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DModel
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ModelMixin,
+    UNet2DModel,
+    VQModel,
+)
 from diffusers.utils import BaseOutput, make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
@@ -28,6 +37,15 @@ from .export import (
     sampling_labels,
 )
 from .model_card import model_card
+from .posterior import check_tensor
+from .sampling_call import (
+    callback_after_step,
+    check_counts,
+    check_generator,
+    check_output_type,
+    check_solver,
+    checked_class_labels,
+)
 from .solvers import Discretization, sample_ode, sample_rk45
 
 Solver = Literal["heun", "euler", "rk45", "scheduler"]
@@ -42,9 +60,9 @@ class STFPipelineOutput(BaseOutput):
 
 
 class STFPipeline(DiffusionPipeline):
-    """Samples of an image diffusion model trained on EDM, VE, VP or flow matching.
+    """Samples of an image diffusion model trained on EDM, VE, VP, flow matching or a DDPM's timesteps.
 
-    Reads the folders that the training script saves, and those of other EDM models of Diffusers:
+    Reads the folders that the training script saves, and those of Diffusers' own DDPM, EDM and flow-matching models:
     ``STFPipeline.from_pretrained(folder)``. What it saves is again a folder of Diffusers' own classes.
 
     Args:
@@ -61,6 +79,7 @@ class STFPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet->transformer->vae->vqvae"
     _optional_components: ClassVar = ["unet", "scheduler", "transformer", "vae", "vqvae"]
+    _callback_tensor_inputs: ClassVar = ["latents"]
 
     def __init__(
         self,
@@ -68,19 +87,33 @@ class STFPipeline(DiffusionPipeline):
         unet: Optional[UNet2DModel] = None,  # noqa: UP045
         scheduler: Any = None,
         transformer: Optional[DiTTransformer2DModel] = None,  # noqa: UP045
-        vae: Optional[ModelMixin] = None,  # noqa: UP045
-        vqvae: Optional[ModelMixin] = None,  # noqa: UP045
+        # `from_pipe` hands on a part whose very class is named.
+        vae: Optional[Union[ModelMixin, AutoencoderKL, AutoencoderDC, AutoencoderTiny]] = None,  # noqa: UP007, UP045
+        vqvae: Optional[Union[ModelMixin, VQModel]] = None,  # noqa: UP007, UP045
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, transformer=transformer, vae=vae, vqvae=vqvae)
-        if scheduler is None or (unet is None) == (transformer is None):
-            raise ValueError("STFPipeline needs a scheduler, and one network: a unet or a transformer.")
+        self._check_parts()
         self.process = process_of(scheduler, network_of(self))
+
+    def _check_parts(self) -> None:
+        if self.scheduler is None or (self.unet is None) == (self.transformer is None):
+            raise ValueError("STFPipeline needs a scheduler, and one network: a unet or a transformer.")
 
     @property
     def autoencoder(self) -> ModelMixin | None:
         """What decodes the network's latents; None where they are the images themselves."""
         return self.vqvae if self.vae is None else self.vae
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts that there are, by name: ``STFPipeline(**pipeline.components)`` is the same pipeline."""
+        return {name: part for name, part in super().components.items() if part is not None}
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the last call, for callbacks."""
+        return self._num_timesteps
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "STFPipeline":
@@ -104,10 +137,11 @@ class STFPipeline(DiffusionPipeline):
         solver: Solver = "heun",
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        output_type: Literal["pil", "np", "pt"] = "pil",
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None] | None = None,
         return_dict: bool = True,
         *,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         tolerance: float = 1e-5,
     ) -> STFPipelineOutput | tuple[Any]:
         """Sample images.
@@ -123,27 +157,33 @@ class STFPipeline(DiffusionPipeline):
             generator: one generator, or a list with one for each image: then image k is a function of generator k
                 alone, whatever the batch.
             latents: (B, C, H, W) standard normal, instead of draws.
-            output_type: "pil" (1, 3 or 4 channels), "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1].
-            callback_on_step_end: as elsewhere in Diffusers, ``callback(pipeline, step, noise_level, {"latents": x})``
-                with x = x0 + noise_level * noise, which may return a replacement. Not with "rk45".
+            output_type: "pil" (1, 3 or 4 channels), "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1]; or "latent",
+                (B, C, H, W) as the network has them: neither decoded nor clipped.
+            callback_on_step_end: as elsewhere in Diffusers, ``callback(pipeline, step, timestep, {"latents": x})`` with
+                the timestep that the network saw at the start of the step; ``{"latents": ...}``, if it returns that, is
+                what the next step starts from. Not with "rk45".
             return_dict: False: a tuple (images,).
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback is given; "latents" is all there is.
             tolerance: for "rk45", relative and absolute, of each step. Errors of the steps add up along the path: images
                 of a trained VE or VP network are off by a few hundred times the tolerance.
 
         Raises:
             ValueError: arguments that do not fit the network or each other.
+            TypeError: numbers, labels, generators or latents of another type.
         """
+        self._check_parts()
         process_of(self.scheduler, network_of(self))  # either may have been replaced
         generator = list(generator) if isinstance(generator, tuple) else generator
-        self._check_call(batch_size, num_inference_steps, output_type, generator)
-        if callback_on_step_end is not None and solver in ("rk45", "scheduler"):
-            raise ValueError(f"callback_on_step_end needs solver='heun' or 'euler'; got {solver!r}.")
-        if solver == "scheduler" and guidance_scale != 1:
-            raise ValueError("solver='scheduler' has no guidance: pass guidance_scale=1.0, or another solver.")
+        check_counts(batch_size=batch_size, num_inference_steps=num_inference_steps)
+        check_generator(generator, batch_size)
+        check_solver(solver, guidance_scale, callback_on_step_end)
+        check_output_type(output_type, self.channels)
+        on_step_end = callback_after_step(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self._num_timesteps = num_inference_steps
         labels = self._labels(class_labels, batch_size, self._execution_device)
         latents = self._initial_noise(batch_size, generator, latents)
         if solver == "scheduler":
-            images, evaluations = self._scheduler_samples(latents, num_inference_steps, labels, generator)
+            images, evaluations = self._scheduler_samples(latents, num_inference_steps, labels, generator, on_step_end)
         else:
             denoise = network_denoiser(
                 network_of(self),
@@ -154,33 +194,24 @@ class STFPipeline(DiffusionPipeline):
             )
             if solver == "rk45":
                 images, evaluations = self._adaptive_samples(denoise, latents, tolerance)
-            elif solver in ("heun", "euler"):
-                images = self._ode_samples(denoise, latents, num_inference_steps, solver, callback_on_step_end)
-                evaluations = 2 * num_inference_steps - 1 if solver == "heun" else num_inference_steps
             else:
-                raise ValueError(f"solver must be 'heun', 'euler', 'rk45' or 'scheduler'; got {solver!r}.")
+                images = self._ode_samples(denoise, latents, num_inference_steps, solver, on_step_end)
+                evaluations = 2 * num_inference_steps - 1 if solver == "heun" else num_inference_steps
+        result = self._output(images, output_type)
         self.maybe_free_model_hooks()
+        return STFPipelineOutput(images=result, num_evaluations=evaluations) if return_dict else (result,)
+
+    def _output(self, images: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return images.to(network_of(self).dtype)
         if self.autoencoder is not None:
             scale = self.autoencoder.config.get("scaling_factor", 1.0)
             images = self.autoencoder.decode((images / scale).to(self.autoencoder.dtype)).sample.to(torch.float64)
         pictures = (images / 2 + 0.5).clamp(0, 1)
-        result: Any = pictures
-        if output_type != "pt":
-            result = pictures.permute(0, 2, 3, 1).cpu().numpy()
-            if output_type == "pil":
-                result = self.numpy_to_pil(result)
-        return STFPipelineOutput(images=result, num_evaluations=evaluations) if return_dict else (result,)
-
-    def _check_call(self, batch_size: int, num_inference_steps: int, output_type: str, generator: Any) -> None:
-        for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; got {value}.")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type must be 'pil', 'np' or 'pt'; got {output_type!r}.")
-        if output_type == "pil" and self.channels not in (1, 3, 4):
-            raise ValueError(f"PIL has no images of {self.channels} channels: pass output_type='np' or 'pt'.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators for {batch_size} images: pass one, or one for each image.")
+        if output_type == "pt":
+            return pictures
+        arrays = pictures.permute(0, 2, 3, 1).cpu().numpy()
+        return self.numpy_to_pil(arrays) if output_type == "pil" else arrays
 
     def _initial_noise(self, batch_size: int, generator: Any, latents: Tensor | None) -> Tensor:
         """(B, C, H, W) float64, drawn where no `latents` are given."""
@@ -190,7 +221,8 @@ class STFPipeline(DiffusionPipeline):
         shape = (batch_size, config["in_channels"], height, width)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
+        check_tensor("latents", latents, str(shape))
+        if tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}; got {tuple(latents.shape)}.")
         return latents.to(device, torch.float64)
 
@@ -217,13 +249,7 @@ class STFPipeline(DiffusionPipeline):
         config = network_of(self).config
         # The transformer has one more embedding than its config says, for the dropped condition.
         classes = config["num_embeds_ada_norm"] + 1 if "num_embeds_ada_norm" in config else config["num_class_embeds"]
-        labels = torch.as_tensor(class_labels, dtype=torch.int64, device=device).reshape(-1)
-        labels = labels.expand(batch_size) if len(labels) == 1 else labels
-        if len(labels) != batch_size or not bool(((labels >= 0) & (labels < classes)).all()):
-            raise ValueError(
-                f"class_labels must be {batch_size} integers from 0 to {classes - 1}, or one for all; got {class_labels}."
-            )
-        return labels
+        return checked_class_labels(class_labels, batch_size, classes, device)
 
     def _sigma_range(self) -> tuple[float, float]:
         low, high = self.process.sampling_range()
@@ -234,19 +260,17 @@ class STFPipeline(DiffusionPipeline):
         return config.get("sigma_min", low), config.get("sigma_max", high)
 
     def _ode_samples(
-        self, denoise: Denoiser, latents: Tensor, num_steps: int, method: Literal["heun", "euler"], callback: Any
+        self, denoise: Denoiser, latents: Tensor, num_steps: int, method: Literal["heun", "euler"], on_step_end: Any
     ) -> Tensor:
         discretization = Discretization.edm(num_steps, *self._sigma_range())
+        timesteps = self.process.timestep(self.process.time_of(discretization.times[:-1]))
         with self.progress_bar(total=num_steps) as progress:
 
-            def on_step_end(step: int, x: Tensor) -> Tensor | None:
+            def after_step(step: int, x: Tensor) -> Tensor:
                 progress.update()
-                if callback is None:
-                    return None
-                level = discretization.times[step + 1]
-                return (callback(self, step, level, {"latents": x}) or {}).get("latents")
+                return on_step_end(step, timesteps[step], x)
 
-            return sample_ode(denoise, latents, discretization, method=method, on_step_end=on_step_end)
+            return sample_ode(denoise, latents, discretization, method=method, on_step_end=after_step)
 
     def _adaptive_samples(self, denoise: Denoiser, latents: Tensor, tolerance: float) -> tuple[Tensor, int]:
         sigma_min, sigma_max = self._sigma_range()
@@ -263,7 +287,7 @@ class STFPipeline(DiffusionPipeline):
         return images, evaluations
 
     def _scheduler_samples(
-        self, latents: Tensor, num_steps: int, labels: Tensor | None, generator: Any
+        self, latents: Tensor, num_steps: int, labels: Tensor | None, generator: Any, on_step_end: Any
     ) -> tuple[Tensor, int]:
         """The loop of Diffusers, with what some of its pipelines leave out: initial scale and input scaling."""
         self.scheduler.set_timesteps(num_steps)
@@ -273,16 +297,26 @@ class STFPipeline(DiffusionPipeline):
         # Flow-matching schedulers have neither: they start from the noise and take the input as it is.
         x = latents.to(network.dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         scale = getattr(self.scheduler, "scale_model_input", lambda x, t: x)
-        for t in self.progress_bar(self.scheduler.timesteps):
+        self._num_timesteps = len(self.scheduler.timesteps)
+        for step, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             output = network(scale(x, t), t.expand(len(x)), **labelled).sample
-            x = self.scheduler.step(output, t, x, **extra).prev_sample
+            x = on_step_end(step, t, self.scheduler.step(output, t, x, **extra).prev_sample)
         return x.to(torch.float64), len(self.scheduler.timesteps)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save as a pipeline of Diffusers' own classes, which plain Diffusers loads.
 
         A scheduler of another library (`EDMHeunScheduler`) is saved as the one that the training would have saved.
+
+        Raises:
+            ValueError: ``safe_serialization=False``: a folder of pickles is one that `from_pretrained` does not read.
         """
+        if not kwargs.get("safe_serialization", True):
+            raise ValueError(
+                "safe_serialization=False saves pickles, which run code when loaded and which from_pretrained does not "
+                "read. Leave it out: weights are saved as safetensors."
+            )
+        self._check_parts()
         network, metadata = network_of(self), self.scheduler.config.get(METADATA_KEY)
         sampling_range: dict[str, Any] = {}
         if self.process.scheduler_family == "edm":

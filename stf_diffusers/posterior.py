@@ -218,6 +218,17 @@ def coefficient_rows(alpha: Tensor | float, sigma: Tensor | float, noisy: Tensor
     return rows[0], rows[1]
 
 
+def _check_arithmetic(arithmetic: str | None, dtype: torch.dtype, dimension: int) -> None:
+    if arithmetic not in (None, "int8", "float64"):
+        raise ValueError(f"arithmetic must be 'int8', 'float64' or None; got {arithmetic!r}.")
+    if arithmetic == "int8" and dtype != torch.uint8:
+        raise TypeError(f"arithmetic='int8' is for uint8 references; got {dtype}. Leave it out.")
+    if arithmetic == "int8" and dimension not in TERMS:
+        raise ValueError(
+            f"arithmetic='int8' takes images of {TERMS.start} to {TERMS.stop - 1} values; got {dimension}. Leave it out."
+        )
+
+
 @torch.no_grad()
 def posterior_mean(
     noisy: Tensor,
@@ -284,16 +295,7 @@ def posterior_mean(
         raise ValueError(f"chunk_size must be at least 1; got {chunk_size}. Leave it out to have it chosen.")
     if reference.dtype != torch.uint8:
         pixels_to_float(reference[:0])
-        if arithmetic == "int8":
-            raise TypeError(f"arithmetic='int8' is for uint8 references; got {reference.dtype}. Leave it out.")
-    if arithmetic not in (None, "int8", "float64"):
-        raise ValueError(f"arithmetic must be 'int8', 'float64' or None; got {arithmetic!r}.")
-    dimension = noisy[0].numel()
-    if arithmetic == "int8" and dimension not in TERMS:
-        raise ValueError(
-            f"arithmetic='int8' takes images of {TERMS.start} to {TERMS.stop - 1} values; got "
-            f"{dimension}. Leave it out."
-        )
+    _check_arithmetic(arithmetic, reference.dtype, noisy[0].numel())
     alpha, sigma = coefficient_rows(alpha, sigma, noisy)
     if mask is not None and noisy.device.type == "cpu" and not bool(mask.any(1).all()):
         rows = (~mask.any(1)).nonzero().flatten().tolist()

@@ -6,6 +6,7 @@ The invariant throughout: the first B rows of the references are the sources, in
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -50,6 +51,9 @@ class ReferenceBatchSampler(Sampler[list[int]]):
     Attributes:
         num_unconditional: the first so many of a list are a draw of the whole data law: B + u with labels, otherwise
             the list's length.
+
+    Iterating it raises ValueError in an Accelerate loader that would cut the lists: with `dispatch_batches=True`, or on
+    several processes with `split_batches=True`.
 
     Raises:
         ValueError: unless 1 <= B <= n <= N (with shared references, B times the processes instead of B) and at least
@@ -139,6 +143,10 @@ class ReferenceBatchSampler(Sampler[list[int]]):
         return self.num_examples // (self.num_sources * self.num_processes)
 
     def __iter__(self) -> Iterator[list[int]]:
+        _refuse_to_be_cut(self)
+        return self._lists()
+
+    def _lists(self) -> Iterator[list[int]]:
         epoch, start = self.epoch, self.start
         # The next iteration is the next epoch, also for a loop that never calls set_epoch.
         self.set_epoch(epoch + 1, start=0)
@@ -216,6 +224,44 @@ def _outside(taken: Tensor, size: int, count: int, draw: random.Random) -> Tenso
     # The r-th integer outside lies as many places further as there are taken ones before it.
     gaps = taken.sort().values - torch.arange(len(taken), device="cpu")
     return rank + torch.searchsorted(gaps, rank, right=True)
+
+
+def _loader_in_use() -> Any:
+    """The loader of Accelerate's that is being iterated, if there is one."""
+    state = sys.modules.get("accelerate.state")
+    return None if state is None else state.GradientState().active_dataloader
+
+
+def _dispatches(loader: Any) -> bool:
+    return isinstance(loader, sys.modules["accelerate.data_loader"].DataLoaderDispatcher)
+
+
+def _refuse_to_be_cut(sampler: ReferenceBatchSampler) -> None:
+    loader = _loader_in_use()
+    layer, split = getattr(loader, "batch_sampler", None), False
+    while layer is not None and layer is not sampler:
+        split |= getattr(layer, "split_batches", False) and layer.num_processes > 1
+        layer = getattr(layer, "batch_sampler", None)
+    if layer is None:
+        return
+    if _dispatches(loader):
+        raise ValueError(_CUT.format("dispatch_batches"))
+    if split:
+        raise ValueError(_CUT.format("split_batches"))
+
+
+def refuse_dispatched_references() -> None:
+    """Raise ValueError where the batches in use were collated on one process, and cut into pieces since."""
+    loader = _loader_in_use()
+    if loader is not None and isinstance(loader.collate_fn, ReferenceBatchCollator) and _dispatches(loader):
+        raise ValueError(_CUT.format("dispatch_batches"))
+
+
+_CUT = (
+    "Accelerate cuts reference batches with {0}=True (its default for iterable data is dispatch_batches=True): sources "
+    "and references are then those of different batches, or the references are lost. Make the Accelerator with "
+    "dataloader_config=DataLoaderConfiguration(dispatch_batches=False, split_batches=False)."
+)
 
 
 class ReferenceBatchCollator:

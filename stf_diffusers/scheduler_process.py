@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -40,6 +41,15 @@ def _training_table(scheduler: Any, fresh: Any) -> _TrainingTable | None:
     return None
 
 
+def _velocity_is_backward(fresh: Any, table: _TrainingTable, prediction_type: str) -> bool:
+    """Whether `get_velocity` takes another alpha than belongs to a timestep, for a scheduler that predicts velocities."""
+    if table.family != "sigmas" or prediction_type != "v_prediction" or not hasattr(fresh, "get_velocity"):
+        return False
+    first = table.timesteps[-1:].to(torch.float32)
+    own = fresh.get_velocity(torch.zeros(1, device="cpu"), torch.ones(1, device="cpu"), first)
+    return not torch.allclose(own, (1 + table.sigmas[-1:] ** 2).rsqrt(), rtol=1e-3)
+
+
 class SchedulerProcess(NoiseProcess):
     """The forward process of a Diffusers scheduler, at its training timesteps, in the scheduler's own arithmetic.
 
@@ -48,25 +58,30 @@ class SchedulerProcess(NoiseProcess):
     is what Diffusers' training scripts use with it.
 
     The multistep solvers of the first family (DPM-Solver, DEIS, UniPC) read their noise table backwards in `add_noise`
-    until `set_timesteps` is called (`add_noise_is_backward`). Here they have the process that they sample.
+    until `set_timesteps` is called (`add_noise_is_backward`). Here they have the process that they sample. So does
+    `EulerDiscreteScheduler`, whose `get_velocity` reads its table backwards (`velocity_is_backward`).
 
     Args:
         scheduler: an instance of a Diffusers scheduler. It is read, not changed; timesteps set for sampling on it do
             not matter.
+        interpolate: also times between the timesteps, as solvers need: ln(sigma / alpha) is linear between them. For the
+            first family. In training, a time that is no timestep is a mistake, and raises ValueError without this.
 
     Raises:
-        TypeError: the scheduler belongs to none of the families.
-        ValueError: its `prediction_type` is unknown, or its tables do not describe growing noise.
+        TypeError: the scheduler belongs to none of the families, is one of flow maps, or cannot be interpolated.
+        ValueError: its `prediction_type` is unknown or of another process (flow_prediction without flow sigmas), or its
+            tables do not describe growing noise.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, *, interpolate: bool = False) -> None:
         config = getattr(scheduler, "config", None)
         if config is None or not hasattr(scheduler, "timesteps"):
             raise TypeError(f"SchedulerProcess needs a Diffusers scheduler; got {type(scheduler).__name__}.")
         # A fresh copy: set_timesteps() replaces the training tables by those of a sampling run.
         with torch.device("cpu"):  # a default device is not where its tables are made
             fresh = type(scheduler).from_config(config)
-        self.scheduler_name = type(scheduler).__name__
+        self.scheduler, self.scheduler_name = fresh, type(scheduler).__name__
+        self.interpolate = interpolate
         self.prediction_type = config.get("prediction_type", "epsilon")
         self.sigma_data: float = config.get("sigma_data", 0.5)
         self.add_noise_is_backward = False
@@ -82,12 +97,31 @@ class SchedulerProcess(NoiseProcess):
                 "training script calls add_noise on, for instance DDPMScheduler.from_config(scheduler.config)."
             )
         self.family, timesteps, alphas, sigmas = found
+        if self.family == "alphas_cumprod":
+            self.scheduler_family, self.last_time = self.family, float(len(timesteps) - 1)
+        elif interpolate:
+            raise TypeError(
+                f"{self.scheduler_name} has no integer timesteps to interpolate between. Leave interpolate out, or describe "
+                "the process as EDM, VE, VP or FlowMatching."
+            )
         if self.family == "flow":
+            if "r_timestep" in inspect.signature(fresh.step).parameters:
+                raise TypeError(
+                    f"{self.scheduler_name} samples flow maps, whose networks see two times and are not trained on a target "
+                    "of one. Use FlowMatchEulerDiscreteScheduler, or stf_diffusers.FlowMatching."
+                )
             self.prediction_type = "flow_prediction"
         if self.family == "alphas_cumprod" and hasattr(fresh, "index_for_timestep"):
             own = fresh.add_noise(torch.zeros(1, device="cpu"), torch.ones(1, device="cpu"), timesteps[-1:])
             self.add_noise_is_backward = not torch.allclose(own, sigmas[-1:])
+        self.velocity_is_backward = _velocity_is_backward(fresh, found, self.prediction_type)
         if self.family in ("alphas_cumprod", "sigmas"):
+            if self.prediction_type == "flow_prediction":
+                raise ValueError(
+                    f"{self.scheduler_name} with prediction_type='flow_prediction' keeps the noise of a diffusion process, "
+                    "which flow matching does not have. Use FlowMatchEulerDiscreteScheduler, or "
+                    "stf_diffusers.FlowMatching; for this prediction on this noise pass prediction_type= to the objective."
+                )
             prediction_coefficients(self.prediction_type, alphas, sigmas)  # an unknown type is an error here
         elif self.family == "edm" and self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(
@@ -105,6 +139,7 @@ class SchedulerProcess(NoiseProcess):
                 f"the noise of this {self.scheduler_name} does not grow with its timesteps, so it cannot be trained on. "
                 "Use its training counterpart, for instance DDPMScheduler.from_config(scheduler.config)."
             )
+        self._log_ratios = ratio.log()
         self._tables: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def __repr__(self) -> str:
@@ -116,9 +151,10 @@ class SchedulerProcess(NoiseProcess):
         return self._timesteps
 
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Timesteps, alphas and sigmas on `device`, copied there once: a copy would wait for the device at each step."""
+        """Timesteps, alphas, sigmas and ln(sigma / alpha) on `device`, copied there once: a copy waits for the device."""
         if device not in self._tables:
-            self._tables[device] = tuple(table.to(device) for table in (self._timesteps, self._alphas, self._sigmas))
+            tables = (self._timesteps, self._alphas, self._sigmas, self._log_ratios)
+            self._tables[device] = tuple(table.to(device) for table in tables)
         return self._tables[device]
 
     def _lookup(self, which: int, t: Tensor) -> Tensor:
@@ -131,13 +167,19 @@ class SchedulerProcess(NoiseProcess):
         # Elsewhere than on the CPU the check would wait for the device.
         if t.device.type == "cpu":
             inside = (values[index] - wanted).abs() <= 1e-5 * wanted.abs() + 1e-6
+            if self.interpolate:
+                inside |= (wanted >= values[0]) & (wanted <= values[-1])
             if not bool(inside.all()):
                 raise ValueError(
                     f"timesteps {t[~inside].tolist()[:4]} are not among the {len(values)} training timesteps of "
                     f"{self.scheduler_name} ({values[0].item():g} to {values[-1].item():g}). Draw them with "
                     "SchedulerProcess.sample_t, or from `scheduler.timesteps` before set_timesteps(), in float32."
                 )
-        return tables[which][index]
+        if not self.interpolate:
+            return tables[which][index]
+        ratio = torch.lerp(tables[3][left], tables[3][right], (wanted - left).clamp(0, 1)).exp()
+        between = (1 + ratio**2).rsqrt() * (1 if which == 1 else ratio)
+        return torch.where(values[index] == wanted, tables[which][index], between)
 
     def alpha(self, t: Tensor) -> Tensor:
         return self._lookup(1, t)
@@ -154,10 +196,32 @@ class SchedulerProcess(NoiseProcess):
         return self._on(index.device)[0][index].to(device or source)
 
     def time_of(self, ratio: Tensor) -> Tensor:
-        raise TypeError(
-            f"{self.scheduler_name} has noise levels at its training timesteps alone, and a solver needs those between. "
-            "Sample with a Diffusers scheduler, or describe the process as EDM, VE, VP or FlowMatching."
-        )
+        if not self.interpolate:
+            raise TypeError(
+                f"{self.scheduler_name} has noise levels at its training timesteps alone, and a solver needs those between. "
+                "Sample with a Diffusers scheduler (STFPipeline: solver='scheduler'), pass interpolate=True, or describe the "
+                "process as EDM, VE, VP or FlowMatching."
+            )
+        levels, wanted = self._on(ratio.device)[3], ratio.to(torch.float64).log()
+        if ratio.device.type == "cpu":
+            low, high = self.sampling_range()
+            outside = (ratio < low * (1 - 1e-5)) | (ratio > high * (1 + 1e-5))
+            if bool(outside.any()):
+                raise ValueError(
+                    f"noise levels {ratio[outside].tolist()[:4]} are not those of {self.scheduler_name}, whose network "
+                    f"knows {low:.4g} to {high:.4g}. Stay between them."
+                )
+        right = torch.searchsorted(levels, wanted).clamp_(1, len(levels) - 1)
+        return right - 1 + ((wanted - levels[right - 1]) / (levels[right] - levels[right - 1])).clamp(0, 1)
+
+    def integer_times(self) -> Tensor:
+        if self.family != "alphas_cumprod":
+            raise TypeError(f"{self.scheduler_name} has no integer timesteps.")
+        return self._timesteps.to(torch.float64)
+
+    def sampling_range(self) -> tuple[float, float]:
+        levels = self._log_ratios[self._log_ratios.isfinite()].exp()  # a zero terminal SNR is left out
+        return float(levels[0]), float(levels[-1])
 
     def input_scale(self, t: Tensor) -> Tensor:
         sigma = self.sigma(t)

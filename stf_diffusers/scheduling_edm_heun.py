@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from .noise import expand_as_rows
 from .prediction import edm_preconditioning
-from .solvers import Churn, check_generators, karras_sigmas
+from .solvers import Churn, check_generators, check_noise_levels, karras_sigmas
+
+# Of `set_timesteps`, as of STFPipeline: the number that Karras et al. use for CIFAR-10.
+_DEFAULT_STEPS = 18
 
 
 def _precision(device: torch.device | str | None) -> torch.dtype:
@@ -27,6 +31,29 @@ def _precision(device: torch.device | str | None) -> torch.dtype:
 def _float64(sigma: float | Tensor) -> Tensor:
     # torch would make a number float32.
     return sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64)
+
+
+def _falling(sigmas: Sequence[float] | Tensor) -> list[float]:
+    levels = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    if levels.ndim == 1 and len(levels) > 1 and levels[-1] == 0:
+        levels = levels[:-1]
+    if (
+        levels.ndim != 1
+        or not len(levels)
+        or not bool((levels.diff() < 0).all() and 0 < levels[-1] <= levels[0] < math.inf)
+    ):
+        raise ValueError(
+            f"sigmas must be noise levels that fall, all positive but for a 0 at the end; got {levels.flatten()[:8].tolist()}."
+        )
+    return levels.tolist()
+
+
+def _check_no_index(timesteps: Tensor) -> None:
+    if not timesteps.is_floating_point():
+        raise ValueError(
+            f"timestep must be one of scheduler.timesteps, not an index; got {timesteps.tolist()}. Use "
+            "scheduler.timesteps[index]."
+        )
 
 
 class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
@@ -42,7 +69,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     Sampling starts from ``latents * init_noise_sigma``, which is ``latents * sigmas[0]``. The state between calls is
     kept in float64; the network and the samples returned have the dtype of the sample passed in. A sample that is
     changed between two steps (inpainting, say) continues as changed; between a step's two evaluations a change affects
-    the second slope alone.
+    the second slope alone. Where sampling starts at an odd position, there is nothing to correct: the sample stays, but
+    for the churn of the step that follows.
 
     Args:
         sigma_min, sigma_max: extremes of the noise level when sampling.
@@ -56,7 +84,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         s_churn, s_min, s_max, s_noise: the noise added before each step, as in `Churn`. s_max=None: no upper limit.
 
     Raises:
-        ValueError: an unknown option, or extremes or churn parameters out of order.
+        ValueError: an unknown option, or extremes or other parameters out of order.
     """
 
     _compatibles: ClassVar = ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
@@ -86,18 +114,22 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         ):
             if value not in known:
                 raise ValueError(f"EDMHeunScheduler has {name} {' or '.join(map(repr, known))}; got {value!r}.")
+        for name, number in (("sigma_data", sigma_data), ("rho", rho)):
+            if not 0 < number < math.inf:
+                raise ValueError(f"{name} must be positive and finite; got {number}.")
         if s_max == math.inf:
             self.register_to_config(s_max=None)  # JSON has no infinity
         self.churn = Churn(s_churn, s_min, math.inf if s_max is None else s_max, s_noise)
         # Until set_timesteps is called: the noise levels of training, as Diffusers' EDM schedulers have them.
         self.sigmas = torch.cat([self._noise_levels(num_train_timesteps + 1), torch.zeros(1, dtype=torch.float64)])
-        self.timesteps = self.precondition_noise(self.sigmas[:-1])
+        self.timesteps = self.precondition_noise(self.sigmas[:-1]).to(torch.float32)
         self.num_inference_steps: int | None = None
         self._begin_index: int | None = None
         self._step_index: int | None = None
 
     def _noise_levels(self, num_steps: int) -> Tensor:
         config = self.config
+        check_noise_levels(num_steps, config.sigma_min, config.sigma_max)
         if config.sigma_schedule == "karras":
             return karras_sigmas(num_steps, config.sigma_min, config.sigma_max, config.rho)
         # The limit of Karras et al.'s eq. 5 for large rho.
@@ -109,8 +141,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def init_noise_sigma(self) -> float:
-        """What standard normal latents are multiplied by: sigma_max."""
-        return self.config.sigma_max
+        """What standard normal latents are multiplied by: the highest noise level."""
+        return self.sigmas[0].item()
 
     @property
     def step_index(self) -> int | None:
@@ -123,17 +155,40 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at this position of `timesteps`, an even one; without it the position is found from the timestep."""
+        """Start at this position of `timesteps`; without it the position is found from the timestep."""
+        if not 0 <= begin_index < len(self.timesteps):
+            raise ValueError(f"begin_index must lie in [0, {len(self.timesteps)}); got {begin_index}.")
         self._begin_index = begin_index
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Prepare to sample in N = `num_inference_steps` steps.
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        """Prepare to sample in N steps.
 
-        Sets `timesteps` (2N - 1,), ln(sigma) / 4 at each evaluation, and `sigmas` (2N,), the noise level of the sample
-        that goes into each evaluation, and 0. The two agree but at the first position, where `sigmas` has sigma_max and
-        `timesteps` the level after churn.
+        Sets `timesteps` (2N - 1,), ln(sigma) / 4 at each evaluation in float32, and `sigmas` (2N,), the noise level of
+        the sample that goes into each evaluation, and 0. The two agree but at the first position, where `sigmas` has the
+        highest level and `timesteps` that after churn.
+
+        Args:
+            num_inference_steps: N. Default: 18.
+            device: of `timesteps`.
+            sigmas: N falling noise levels instead of the configured ones, with or without a 0 at the end. (Not a ramp
+                from 0 to 1, as `EDMEulerScheduler` takes.)
+
+        Raises:
+            ValueError: less than one step, levels that do not fall to 0, or both arguments.
         """
-        levels = self._noise_levels(num_inference_steps).tolist()
+        if sigmas is not None and num_inference_steps is not None:
+            raise ValueError("num_inference_steps and sigmas exclude each other: a step starts at each of the sigmas.")
+        if sigmas is None:
+            num_inference_steps = _DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
+            levels = self._noise_levels(num_inference_steps).tolist()
+        else:
+            levels = _falling(sigmas)
+            num_inference_steps = len(levels)
         evaluations = []
         for level in levels:
             evaluations += [level, (1 + self.churn.gamma(level, num_inference_steps)) * level]
@@ -142,10 +197,12 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         self._fold = math.hypot(1.0, self._added_noise(levels[0], self._levels[0]) / levels[0])
         self.sigmas = torch.tensor([levels[0], *self._levels[1:], 0.0], dtype=torch.float64)
         self.timesteps = self.precondition_noise(torch.tensor(self._levels, dtype=torch.float64))
-        self.timesteps = self.timesteps.to(device=device, dtype=_precision(device))
+        self.timesteps = self.timesteps.to(device=device, dtype=torch.float32)
         self.num_inference_steps = num_inference_steps
         self._begin_index = self._step_index = None
         self._rounding: Tensor | float = 0.0
+        # State and slope at the start of a step that is not corrected yet.
+        self._begun: tuple[Tensor, Tensor] | None = None
 
     def _added_noise(self, level: float, raised: float) -> float:
         return self.churn.s_noise * math.sqrt(raised**2 - level**2)
@@ -165,31 +222,46 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         return c_skip * sample + sign * c_out * model_output
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """``x0 + sigma noise`` for x0, noise (B, ...) and timesteps (B,) or (1,), ln(sigma) / 4."""
-        sigma = (4 * timesteps.to(original_samples.device)).exp().to(original_samples.dtype)
-        return original_samples + expand_as_rows(sigma, original_samples) * noise
+        """``x0 + sigma noise`` for x0, noise (B, ...) and timesteps (B,) or (1,), ln(sigma) / 4.
+
+        Raises:
+            ValueError: timesteps that are indices, or whose noise is far from any between sigma_min and sigma_max.
+        """
+        _check_no_index(timesteps)
+        sigma = (4 * timesteps.to(original_samples.device, _precision(original_samples.device))).exp()
+        low, high = self.config.sigma_min / 10, 10 * self.config.sigma_max
+        if not bool(((sigma >= low) & (sigma <= high)).all()):
+            raise ValueError(
+                f"timesteps are ln(sigma) / 4, of sigma from {self.config.sigma_min} to {self.config.sigma_max}; got "
+                f"{timesteps.flatten()[:8].tolist()}. Use scheduler.timesteps."
+            )
+        return original_samples + expand_as_rows(sigma.to(original_samples.dtype), original_samples) * noise
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """The position in `timesteps` (or `schedule_timesteps`) of one of them: where a step starts, if one does there.
+
+        Raises:
+            ValueError: an index, or a timestep that is none of them.
+        """
+        timestep = torch.as_tensor(timestep)
+        _check_no_index(timestep)
+        schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        found = (schedule == timestep.to(schedule)).nonzero().flatten().tolist()
+        if not found:
+            raise ValueError(f"timestep {timestep.item():.6g} is none of scheduler.timesteps.")
+        # Without churn, the position where the step before is corrected has an equal timestep.
+        return next((position for position in found if position % 2 == 0), found[0])
 
     def _current_index(self, timestep: float | Tensor) -> int:
         """The position in `timesteps` of this evaluation, found from `timestep` when sampling starts."""
         if self.num_inference_steps is None:
             raise ValueError("the number of steps is not set: call set_timesteps(num_inference_steps) before sampling.")
         if self._step_index is None:
-            self._step_index = self._start_index(timestep) if self._begin_index is None else self._begin_index
-            if self._step_index % 2:
-                raise ValueError(f"position {self._step_index} corrects a step: start at an even one.")
+            begin = self._begin_index
+            self._step_index = self.index_for_timestep(timestep) if begin is None else begin
         if self._step_index >= len(self._levels):
             raise ValueError("sampling has ended: call set_timesteps(num_inference_steps) before sampling again.")
         return self._step_index
-
-    def _start_index(self, timestep: float | Tensor) -> int:
-        timestep = torch.as_tensor(timestep)
-        if not timestep.is_floating_point():
-            raise ValueError(f"timestep must be one of scheduler.timesteps, not an index; got {timestep.item()}.")
-        # Every other timestep starts a step. Without churn its neighbour, where the step before is corrected, is equal.
-        starts = (self.timesteps[::2] == timestep.to(self.timesteps)).nonzero()
-        if not len(starts):
-            raise ValueError(f"no step starts at timestep {timestep.item():.6g}: use one of scheduler.timesteps[::2].")
-        return 2 * int(starts[0])
 
     def _state(self, sample: Tensor, index: int) -> Tensor:
         """`sample` in float64, with what was lost when it was rounded to the caller's dtype."""
@@ -197,7 +269,13 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         return self._fold * state if index == 0 else state
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """What the network sees of `sample` at `timestep`: ``c_in x``, in the sample's dtype."""
+        """What the network sees of `sample` at `timestep`: ``c_in x``, in the sample's dtype.
+
+        Before `set_timesteps`, of a noised image at one of the training timesteps.
+        """
+        if self.num_inference_steps is None:
+            level = self.sigmas[self.index_for_timestep(timestep)]
+            return self.precondition_inputs(sample.to(_precision(sample.device)), level.item()).to(sample.dtype)
         index = self._current_index(timestep)
         return self.precondition_inputs(self._state(sample, index), self._levels[index]).to(sample.dtype)
 
@@ -206,7 +284,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> EDMEulerSchedulerOutput | tuple[Tensor, Tensor]:
         """One evaluation's part of a step: its prediction or its correction, and the churn of the step that follows.
@@ -215,8 +293,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             model_output: (B, ...) raw output F of the network for ``scale_model_input(sample, timestep)``.
             timestep: the entry of `timesteps`.
             sample: (B, ...) as the step before returned it; at first the latents times `init_noise_sigma`.
-            generator: source of the churn noise, one or a list with one for each image. Drawn from only where noise is
-                added.
+            generator: source of the churn noise, one or a sequence with one for each image. Drawn from only where noise
+                is added.
             return_dict: False: a tuple (prev_sample, pred_original_sample).
 
         Returns:
@@ -224,11 +302,10 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             denoised image, both in the dtype of `sample`.
 
         Raises:
-            ValueError: `set_timesteps` was not called, or not since sampling ended; an integer timestep, or one where
-                no step starts; not one generator for each image.
+            ValueError: `set_timesteps` was not called, or not since sampling ended; an integer timestep, or none of
+                `timesteps`; not one generator for each image.
         """
-        if isinstance(generator, list):
-            check_generators(generator, len(sample))
+        check_generators(generator, len(sample))
         index = self._current_index(timestep)
         state, level = self._state(sample, index), self._levels[index]
         denoised = self.precondition_outputs(state, model_output.to(state.dtype), level)
@@ -236,15 +313,19 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         following = self._levels[index + 1] if index + 1 < len(self._levels) else 0.0
         if index % 2 == 0:
             # Algorithm 2, lines 7 and 8.
-            self._start, self._slope = state, slope
+            self._begun = state, slope
             state = state + (following - level) * slope
         else:
             # Lines 10 and 11, then 4 to 6 of the next step.
-            state = self._start + (level - self._levels[index - 1]) * (self._slope + slope) / 2
+            if self._begun is not None:
+                start, first = self._begun
+                state = start + (level - self._levels[index - 1]) * (first + slope) / 2
+                self._begun = None
             added = self._added_noise(level, following)
             if added > 0:
                 dtype = torch.promote_types(sample.dtype, torch.float32)
-                noise = randn_tensor(tuple(state.shape), generator=generator, device=state.device, dtype=dtype)
+                generators = list(generator) if isinstance(generator, Sequence) else generator
+                noise = randn_tensor(tuple(state.shape), generator=generators, device=state.device, dtype=dtype)
                 state = state + added * noise
         self._step_index = index + 1
         rounded = state.to(sample.dtype)

@@ -24,16 +24,19 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     """(num_steps,) float64 noise levels from sigma_max down to sigma_min (Karras et al. 2022, eq. 5, without the 0)."""
-    _check_range(num_steps, sigma_min, sigma_max)
+    check_noise_levels(num_steps, sigma_min, sigma_max)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return (high + _ramp(num_steps) * (low - high)) ** rho
 
 
-def _check_range(num_steps: int, low: float, high: float) -> None:
+def check_noise_levels(num_steps: int, low: float, high: float) -> None:
+    """Raise ValueError unless there is a step, and 0 < low < high < infinity."""
     if num_steps < 1:
         raise ValueError(f"at least one step is needed; got {num_steps}.")
-    if not 0 < low < high:
-        raise ValueError(f"the least noise must be positive and below the largest; got {low} and {high}.")
+    if not 0 < low < high < math.inf:
+        raise ValueError(
+            f"the least noise must be positive and below the largest, which is finite; got {low} and {high}."
+        )
 
 
 def _ramp(num_steps: int) -> Tensor:
@@ -74,7 +77,7 @@ class Discretization:
     @classmethod
     def ve(cls, num_steps: int, sigma_min: float = 0.02, sigma_max: float = 100.0) -> Discretization:
         """The original VE sampler: ``sigma(t) = sqrt(t)``, levels in geometric progression."""
-        _check_range(num_steps, sigma_min, sigma_max)
+        check_noise_levels(num_steps, sigma_min, sigma_max)
         times = sigma_max**2 * (sigma_min / sigma_max) ** (2 * _ramp(num_steps))
         return cls(
             times=_then_zero(times),
@@ -88,7 +91,7 @@ class Discretization:
     @classmethod
     def vp(cls, num_steps: int, beta_d: float = 19.9, beta_min: float = 0.1, epsilon_s: float = 1e-3) -> Discretization:
         """The original VP sampler: times evenly spaced from 1 to epsilon_s, ``s(t) = 1 / sqrt(1 + sigma(t)^2)``."""
-        _check_range(num_steps, epsilon_s, 1.0)
+        check_noise_levels(num_steps, epsilon_s, 1.0)
         process = VP(beta_d, beta_min)
 
         def beta(t: Tensor) -> Tensor:
@@ -123,9 +126,9 @@ class Churn:
     s_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.s_churn < 0 or self.s_noise < 0:
+        if not (self.s_churn >= 0 and self.s_noise >= 0):
             raise ValueError(f"s_churn and s_noise must not be negative; got {self.s_churn} and {self.s_noise}.")
-        if self.s_min > self.s_max:
+        if not self.s_min <= self.s_max:
             raise ValueError(f"s_min must not be above s_max; got {self.s_min} and {self.s_max}.")
 
     def gamma(self, sigma: float, num_steps: int) -> float:
@@ -262,7 +265,7 @@ def sample_rk45(
         ValueError: sigma_min is not in (0, sigma_max).
         RuntimeError: the solver cannot reach the tolerance.
     """
-    _check_range(1, sigma_min, sigma_max)
+    check_noise_levels(1, sigma_min, sigma_max)
     theta_min, theta_max = math.atan(sigma_min), math.atan(sigma_max)
 
     def velocity(theta: float, state: Tensor) -> Tensor:
@@ -310,8 +313,7 @@ class LogLikelihood(NamedTuple):
 
     `nats` (B,) float64 is ln p(x), the density per unit volume of image space. `bits_per_dimension` (B,) is
     ``-log2 p(x) / D + log2(127.5)``: the code length per pixel and channel of an 8-bit image v seen as
-    ``x = v / 127.5 - 1``, whose levels are 1 / 127.5 apart (add dequantisation noise, uniform over one level, for a
-    bound on a discrete likelihood). Works that map 256 levels to [-1, 1] at a spacing of 1 / 128 report 0.0056 more.
+    ``x = v / 127.5 - 1``. Works that map 256 levels to [-1, 1] at a spacing of 1 / 128 report 0.0056 more.
     `latents` (B, ...) are the images carried to standard normal noise, and `evaluations` counts the denoiser's.
     """
 
@@ -340,21 +342,30 @@ def log_likelihood(
 
     Args:
         denoise: D(x; sigma), differentiable in x, image by image.
-        images: (B, ...) in [-1, 1].
-        sigma_min, sigma_max: as in `sample_rk45`.
+        images: (B, ...) floating point in [-1, 1].
+        sigma_min, sigma_max, rtol, atol: as in `sample_rk45`.
         divergence: "hutchinson": an unbiased estimate from one random vector of signs for each image, kept along the
             path (Hutchinson 1990; average several calls to narrow it), one backward pass an evaluation. "exact": as
             many backward passes as an image has values.
         generator: source of the signs: one generator, or a sequence with one for each image.
-        rtol, atol: as in `sample_rk45`.
 
     Raises:
-        ValueError: unknown divergence, sigma_min not in (0, sigma_max), or not one generator for each image.
-        RuntimeError: the solver cannot reach the tolerance.
+        TypeError: images that are not floating point.
+        ValueError: no images, unknown divergence, sigma_min not in (0, sigma_max), or not one generator for each image.
+        RuntimeError: the solver cannot reach the tolerance, or gradients are off for good (`torch.inference_mode`).
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("log_likelihood takes gradients, which torch.inference_mode() forbids. Use torch.no_grad().")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images must be floating point in [-1, 1]; got {images.dtype}. Pass (pixels + noise) / 127.5 - 1, with "
+            "noise uniform in [-0.5, 0.5) for a bound on the likelihood of pixels."
+        )
+    if not images.ndim or not len(images):
+        raise ValueError(f"images must be (B, ...), one image at least; got {tuple(images.shape)}.")
     if divergence not in ("hutchinson", "exact"):
         raise ValueError(f"divergence must be 'hutchinson' or 'exact'; got {divergence!r}.")
-    _check_range(1, sigma_min, sigma_max)
+    check_noise_levels(1, sigma_min, sigma_max)
     check_generators(generator, len(images))
     batch_size, dimension = len(images), images[0].numel()
     theta_min, theta_max = math.atan(sigma_min), math.atan(sigma_max)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from scipy import stats
 
 from exact_networks import PROCESSES, ExactUNet, noise_to_signal, small_unet
@@ -106,10 +106,10 @@ def test_a_failed_save_leaves_the_earlier_pipeline(tmp_path, monkeypatch):
 
 def test_errors_say_what_is_supported():
     with pytest.raises(TypeError, match="EDM, VE, VP or FlowMatching"):
-        sampling_scheduler(SchedulerProcess(DDPMScheduler()))
+        sampling_scheduler(SchedulerProcess(EulerDiscreteScheduler()))
     with pytest.raises(ValueError, match="trained with"):
         sampling_scheduler(VE(), sigma_max=50.0)
     with pytest.raises(TypeError, match="can be saved"):
-        process_to_config(SchedulerProcess(DDPMScheduler()))
-    with pytest.raises(ValueError, match="none of edm, ve, vp, flow"):
+        process_to_config(SchedulerProcess(EulerDiscreteScheduler()))
+    with pytest.raises(ValueError, match="none of edm, ve, vp, flow, discrete"):
         process_from_config({"name": "cosine"})

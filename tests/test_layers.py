@@ -1,6 +1,7 @@
 """The package's shape: strict layers, light imports, an API on one screen."""
 
 import ast
+import re
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -28,8 +29,8 @@ CORE = [
 ]
 ABOVE_DIFFUSERS = [
     {"plotting"},
-    {"variance_report"},
-    {"export", "scheduling_*", "feature_extractors", "quality"},
+    {"variance_report", "stock_schedulers"},
+    {"export", "scheduling_*", "feature_extractors", "quality", "sampling_call"},
     {"sde"},
     {"model_card"},
     {"pipeline_*"},
@@ -38,35 +39,14 @@ ABOVE_DIFFUSERS = [
 ]
 # The parts of a training script, in the order in which they may import each other; nothing else imports them.
 TRAINING: list[set[str]] = [
-    {"training.__init__"},
-    {
-        f"training.{name}"
-        for name in (
-            "data_files",
-            "image_column",
-            "run_folder",
-            "sources",
-            "autoencoder",
-            "noise_process",
-            "conditioning",
-        )
-    },
-    {
-        f"training.{name}"
-        for name in (
-            "data_set",
-            "image_reader",
-            "sampling",
-            "training_log",
-            "hub_upload",
-            "stop_signal",
-            "command_line",
-        )
-    },
-    {"training.presets.__init__"},
-    {f"training.{name}" for name in ("image_cache", "network", "references", "averages")},
+    {"training.__init__", "training.presets.__init__"},
+    {f"training.{name}" for name in ("command_line", "launch", "run_lock", "run_folder", "stop_signal", "hub_upload")},
+    {f"training.{name}" for name in ("sources", "image_column", "data_files", "autoencoder", "conditioning")},
+    {f"training.{name}" for name in ("noise_process", "sampling", "training_log", "references", "averages", "network")},
+    {f"training.{name}" for name in ("image_reader", "data_set", "checkpoints")},
+    {"training.image_cache"},
     {"training.image_data"},
-    {f"training.{name}" for name in ("streaming", "latents", "checkpoints", "evaluation")},
+    {f"training.{name}" for name in ("streaming", "latents", "evaluation")},
 ]
 LAYERS = [*CORE, *ABOVE_DIFFUSERS, *TRAINING]
 
@@ -157,3 +137,38 @@ def test_imports_are_found_however_they_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     own, others = imported("training.loop")
     assert own == {"training.data", "noise", "__init__", "training.__init__"} and others == {"os"}
+
+
+ROOT = PACKAGE.parent
+SOURCES = [
+    path for folder in ("stf_diffusers", "examples", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")
+]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    source = path.read_text()
+    assert source.count("\n") <= 400 or path.name == "train_unconditional_stf.py"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name not in ("parse_args", "main"):
+            assert node.end_lineno - node.lineno < 80, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+
+
+def test_the_package_names_no_flags():
+    """Messages name arguments; a script puts its flags in their place. Launchers' and pip's flags are theirs."""
+    others = ("accelerate launch", "torchrun", "pip ", "--include", "--multi_gpu", "--[a-z", "-- ")
+    found = [
+        f"{path.name}: {node.value[:80]}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"(?<![\w-])--[a-z]", node.value)
+        and not any(other in node.value for other in others) and path.name not in ("variance_report.py", "command_line.py")
+    ]  # fmt: skip
+    assert not found, found
+
+
+def test_every_part_of_a_training_is_documented():
+    page = (PACKAGE.parent / "docs" / "parts.md").read_text()
+    parts = {name.removeprefix("training.") for name in MODULES if name.startswith("training.") and "__" not in name}
+    missing = [name for name in parts if f"automodule:: stf_diffusers.training.{name}\n" not in page]
+    assert not missing and all(f"[`{name}`](#{name})" in page for name in parts)

@@ -153,6 +153,23 @@ def test_warns_where_add_noise_is_not_the_schedulers_process(name):
     assert bool(said) == wrong
 
 
+@pytest.mark.parametrize("name", ["EulerDiscrete", "DDPM", "DDIM"])
+def test_warns_where_get_velocity_is_not_the_target(name):
+    """Euler's reads products of alphas that ascend at positions of timesteps that descend."""
+    scheduler = getattr(diffusers, f"{name}Scheduler")(prediction_type="v_prediction")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        objective = STFTrainingObjective.from_scheduler(scheduler)
+    said = [w for w in caught if "get_velocity reads the noise of another timestep" in str(w.message)]
+    t, noise = objective.process.timesteps[[0, 10, 500, 999]], R[4:8]
+    differs = worst(scheduler.get_velocity(X, noise, t), objective.target(X, noise, t)) > 1e-3
+    assert bool(said) == differs == (name == "EulerDiscrete")
+    # Ours is what the scheduler's own step reads: see test_network_output_is_the_schedulers_own.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        STFTrainingObjective.from_scheduler(getattr(diffusers, f"{name}Scheduler")())
+
+
 def test_unknown_timesteps_of_a_scheduler_are_refused():
     objective = STFTrainingObjective(PROCESSES["DDPM"])
     with pytest.raises(ValueError, match="are not among the 1000 training timesteps"):

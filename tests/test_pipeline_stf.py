@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    ScoreSdeVeScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -114,18 +115,6 @@ def test_labels():
     torch.testing.assert_close(mixed.images, torch.cat([by_label[2], by_label[0]]), rtol=0, atol=1e-5)
 
 
-def test_callback_sees_and_replaces_the_state():
-    pipeline, levels = pipeline_for("edm"), []
-
-    def callback(pipe, step, level, tensors):
-        levels.append(float(level))
-        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else {}
-
-    images = pipeline(2, 4, output_type="pt", callback_on_step_end=callback).images
-    assert levels == sorted(levels, reverse=True) and levels[-1] == 0 and len(levels) == 4
-    assert torch.equal(images, torch.full_like(images, 0.5))
-
-
 def test_an_edm_model_of_diffusers_is_read():
     assert STFPipeline(small_unet(), EDMEulerScheduler(sigma_data=0.7)).process == EDM(sigma_data=0.7)
 
@@ -133,7 +122,7 @@ def test_an_edm_model_of_diffusers_is_read():
 def test_a_scheduler_that_cannot_serve_is_refused():
     unknown = small_unet()
     with pytest.raises(ValueError, match="does not say which noise process"):
-        STFPipeline(unknown, DDPMScheduler())
+        STFPipeline(unknown, ScoreSdeVeScheduler())
     edm, vp = pipeline_for("edm"), pipeline_for("vp")
     for scheduler in (EulerDiscreteScheduler(), EDMEulerScheduler(sigma_data=0.7), DDPMScheduler()):
         with pytest.raises(ValueError, match="would give garbage"):
@@ -197,12 +186,13 @@ def test_the_card_of_every_pipeline_parses_and_its_snippets_run(tmp_path):
 
 WRONG = {
     "solver": ({"solver": "magic"}, "solver must be"),
+    "callback's tensors": ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"must be among \['latents'\]; got"),
     "output type": ({"output_type": "jpeg"}, "output_type must be"),
     "latents": ({"latents": torch.zeros(2, 1, 5, 5)}, "latents must have shape"),
     "generators": ({"generator": [torch.Generator()]}, "1 generators for 2 images"),
     "labels": ({"class_labels": 1}, "unconditional"),
     "guidance": ({"guidance_scale": 2.0}, "class_labels"),
-    "callback": ({"solver": "rk45", "callback_on_step_end": print}, "solver='heun' or 'euler'"),
+    "callback": ({"solver": "rk45", "callback_on_step_end": print}, "solver='heun', 'euler' or 'scheduler'"),
     "steps": ({"num_inference_steps": 0}, "num_inference_steps must be"),
     "no steps of the scheduler": ({"num_inference_steps": 0, "solver": "scheduler"}, "num_inference_steps must be"),
     "no images": ({"batch_size": 0}, "batch_size must be"),
@@ -216,8 +206,36 @@ def test_wrong_arguments(case):
         pipeline_for("edm")(**{"batch_size": 2, "num_inference_steps": 3, **arguments})
 
 
+WRONG_TYPES = {
+    "float steps": ({"num_inference_steps": 3.0}, "num_inference_steps must be an integer; got 3.0"),
+    "boolean steps": ({"num_inference_steps": True}, "num_inference_steps must be an integer; got True"),
+    "text steps": ({"num_inference_steps": "3"}, "num_inference_steps must be an integer; got '3'"),
+    "float images": ({"batch_size": 2.0}, "batch_size must be an integer; got 2.0"),
+    "guidance": ({"guidance_scale": "2"}, "guidance_scale must be a finite number; got '2'"),
+    "guidance that is none": ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number; got nan"),
+    "a seed": (
+        {"generator": 0},
+        r"generator must be a torch.Generator or a list of them; got int. Pass torch.Generator\(\)",
+    ),
+    "seeds": ({"generator": [0, 1]}, "list of them; got int"),
+    "a list of latents": ({"latents": [[0.0]]}, "latents must be a tensor .* got list"),
+    "a callback's return": ({"callback_on_step_end": lambda *_: torch.zeros(1)}, "returned Tensor: return the dict"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TYPES)
+def test_wrong_types(case):
+    arguments, message = WRONG_TYPES[case]
+    with pytest.raises(TypeError, match=message):
+        pipeline_for("edm")(**{"batch_size": 2, "num_inference_steps": 3, **arguments})
+
+
 def test_wrong_labels():
     pipeline = pipeline_for("edm", classes=3)
     for labels in (None, 3, -1, [0, 1, 2]):
         with pytest.raises(ValueError, match="class_labels"):
             pipeline(2, 3, class_labels=labels)
+    for labels in (1.0, [0.5, 1.5], torch.tensor([0.0, 1.0]), True, [True, False], "cat", ["cat", "dog"], [None, 1]):
+        with pytest.raises(TypeError, match="class_labels must be 2 integers from 0 to 2, or one for all; got"):
+            pipeline(2, 3, class_labels=labels)
+    assert len(pipeline(2, 3, class_labels=np.array([0, 1])).images) == 2

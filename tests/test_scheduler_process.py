@@ -1,5 +1,7 @@
 """Diffusers' schedulers as forward processes, in their own arithmetic."""
 
+import math
+
 import pytest
 import torch
 from scipy import stats
@@ -166,12 +168,71 @@ def test_schedulers_without_a_known_forward_process():
         SchedulerProcess(diffusers.KDPM2DiscreteScheduler())
 
 
+INTEGER_TIMESTEPS = [name for name in SCHEDULERS if name.startswith(("dd", "pndm", "dpm"))]
+
+
+@pytest.mark.parametrize("name", INTEGER_TIMESTEPS)
+def test_between_the_timesteps(name):
+    """The table at the timesteps, bit for bit; ln(sigma / alpha) linear between them, and its inverse; unit variance."""
+    scheduler = SCHEDULERS[name]()
+    strict, process = SchedulerProcess(scheduler), SchedulerProcess(scheduler, interpolate=True)
+    t = strict.timesteps.double()
+    for table in ("alpha", "sigma"):
+        assert torch.equal(getattr(process, table)(t), getattr(strict, table)(t).double())
+    low, high = process.sampling_range()
+    ratio = torch.logspace(math.log10(low), math.log10(high), 200, dtype=torch.float64).clamp(low, high)
+    t = process.time_of(ratio)
+    assert ((t[1:] > t[:-1]) & (t[1:] <= process.last_time)).all() and t[0] == 0
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    torch.testing.assert_close(sigma / alpha, ratio, rtol=2e-6, atol=0)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t), rtol=2e-6, atol=0)
+    if not scheduler.config.get("rescale_betas_zero_snr"):
+        middle = torch.tensor([9.5, 30.25], dtype=torch.float64)
+        known = (
+            (strict.sigma(torch.tensor([9, 10, 30, 31])) / strict.alpha(torch.tensor([9, 10, 30, 31]))).double().log()
+        )
+        expected = torch.stack([known[:2].mean(), known[2] * 0.75 + known[3] * 0.25]).exp()
+        torch.testing.assert_close(process.sigma(middle) / process.alpha(middle), expected, rtol=1e-6, atol=0)
+
+
+def test_what_cannot_be_interpolated():
+    process = SchedulerProcess(diffusers.DDPMScheduler(), interpolate=True)
+    with pytest.raises(ValueError, match=r"are not those of DDPMScheduler, whose network knows 0\.01 to 157\.4"):
+        process.time_of(torch.tensor([0.001], dtype=torch.float64))
+    with pytest.raises(ValueError, match="are not among the 1000 training timesteps"):
+        process.alpha(torch.tensor([999.5], dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"solver='scheduler'\), pass interpolate=True"):
+        SchedulerProcess(diffusers.DDPMScheduler()).time_of(torch.ones(1))
+    with pytest.raises(TypeError, match="EulerDiscreteScheduler has no integer timesteps to interpolate between"):
+        SchedulerProcess(diffusers.EulerDiscreteScheduler(), interpolate=True)
+    with pytest.raises(TypeError, match="EulerDiscreteScheduler has no integer timesteps"):
+        SchedulerProcess(diffusers.EulerDiscreteScheduler()).integer_times()
+
+
 def test_flow_sigmas_are_refused():
     """Solvers that sample flow-matching models keep the table of another process."""
     for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
         scheduler = getattr(diffusers, name)(use_flow_sigmas=True, prediction_type="flow_prediction")
         with pytest.raises(TypeError, match=f"{name} with use_flow_sigmas.*FlowMatchEulerDiscreteScheduler"):
             SchedulerProcess(scheduler)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "UniPCMultistep", "DDPM", "EulerDiscrete"])
+def test_flow_predictions_without_flow_sigmas_are_refused(name):
+    """DPM-Solver takes that prediction for flow sigmas alone; the table of any of these is a diffusion process's."""
+    scheduler = getattr(diffusers, f"{name}Scheduler")(prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match=r"keeps the noise of a diffusion process.*FlowMatchEulerDiscreteScheduler"):
+        SchedulerProcess(scheduler)
+
+
+def test_flow_maps_are_refused():
+    scheduler = getattr(diffusers, "FlowMapEulerDiscreteScheduler", None)
+    if scheduler is None:
+        pytest.skip("this Diffusers has no flow maps")
+    with pytest.raises(
+        TypeError, match=r"samples flow maps, whose networks see two times.*stf_diffusers\.FlowMatching"
+    ):
+        SchedulerProcess(scheduler())
 
 
 def test_unknown_prediction_types_are_refused():

@@ -330,6 +330,33 @@ def test_errors_say_the_fix(call, match):
         call()
 
 
+LIKELIHOOD_OF = {
+    # uint8 is pixels everywhere else; read as values 0 to 255 they had a likelihood.
+    "pixels": (torch.zeros(2, 1, dtype=torch.uint8), TypeError, r"got torch\.uint8\. Pass .*/ 127\.5 - 1"),
+    "integers": (torch.zeros(2, 1, dtype=torch.int64), TypeError, r"got torch\.int64"),
+    "no images": (torch.zeros(0, 1), ValueError, r"one image at least; got \(0, 1\)"),
+    "a number": (torch.tensor(0.5), ValueError, r"one image at least; got \(\)"),
+}
+
+
+@pytest.mark.parametrize("case", LIKELIHOOD_OF)
+def test_images_that_have_no_likelihood(case):
+    images, error, match = LIKELIHOOD_OF[case]
+    with pytest.raises(error, match=match):
+        log_likelihood(gaussian, images)
+
+
+def test_a_likelihood_needs_gradients():
+    x = normal(2, 1)
+    with torch.no_grad():
+        expected = log_likelihood(gaussian, x).nats
+    with torch.inference_mode():
+        made_there = x.clone()
+        with pytest.raises(RuntimeError, match=r"takes gradients.*torch\.no_grad\(\)"):
+            log_likelihood(gaussian, x)
+    assert torch.equal(log_likelihood(gaussian, made_there).nats, expected)
+
+
 def test_labels_must_fit_the_batch():
     denoise = network_denoiser(ExactNetwork("ve", POINTS, 3), VE(), class_labels=torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="2 class_labels for 3 images"):

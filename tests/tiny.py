@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderDC, AutoencoderKL
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 
 import train_unconditional_stf as script
+from stf_diffusers.training.command_line import run
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -77,6 +79,20 @@ def train(argv: Sequence[object]) -> None:
     finally:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
+
+
+def mistake(argv: Sequence[object], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the training script says to flags that it refuses: one line, and exit code 2."""
+    try:
+        with pytest.raises(SystemExit) as end:
+            run(script.main, [str(part) for part in argv])
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "Traceback" not in said, said
+    # Before it there may be progress bars, and of argparse every flag there is.
+    return said.strip().splitlines()[-1]
 
 
 class Processes:

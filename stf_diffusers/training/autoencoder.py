@@ -73,6 +73,16 @@ def load_autoencoder(vae: str, cache_dir: str | None = None) -> ModelMixin:
     return frozen
 
 
+def check_same_autoencoder(vae: ModelMixin, pretrained_model_name_or_path: str, cache_dir: str | None = None) -> None:
+    """Raise ValueError unless a pipeline that is trained further has this autoencoder, whose latents its network knows."""
+    own = load_autoencoder(pretrained_model_name_or_path, cache_dir)
+    if digest_of_autoencoder(own) != digest_of_autoencoder(vae):
+        raise ValueError(
+            "vae= is another autoencoder than that of the pretrained network's own pipeline, whose latents it knows, with "
+            f"their scale folded in. Pass vae={pretrained_model_name_or_path!r}."
+        )
+
+
 def find_autoencoder(name: str, cache_dir: str | None) -> tuple[str, str | None, str]:
     """(what to load from, its subfolder or None, the class's name) of the autoencoder called `name`.
 

@@ -9,16 +9,18 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
+# What this package raises to tell its user something.
+KINDS = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, ImportError)
 PACKAGE = Path(__file__).resolve().parents[1]
 
 # A user's mistake; a run that could not go on, which says why; Ctrl-C, as shells report it.
 MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`, and say what its user has to do in one line on stderr.
+def run(main: Callable[..., None], *arguments: Any) -> None:
+    """Run a script's `main` with these arguments, and say what its user has to do in one line on stderr.
 
     An error that this package or the script raises itself is a sentence for the user. Any other is a defect, of ours or of
     a library, and leaves its traceback.
@@ -27,34 +29,32 @@ def run(main: Callable[[], None]) -> None:
         SystemExit: 2 after a ValueError or TypeError that is explained, 1 after another such error, 130 after Ctrl-C.
     """
     try:
-        main()
+        main(*arguments)
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
-        if not explained(error):
+        if not explained(error, Path(main.__code__.co_filename)):
             raise
         rank = os.environ.get("RANK", "0")
-        who = Path(sys.argv[0]).stem + (f" (process {rank})" if os.environ.get("WORLD_SIZE", "1") != "1" else "")
-        print(f"{who}: error: {error}", file=sys.stderr)
+        who = Path(main.__code__.co_filename).stem + (
+            f" (process {rank})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        )
+        print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(MISTAKE if isinstance(error, ValueError | TypeError) else FAILURE) from None
 
 
-def explained(error: BaseException) -> bool:
-    """Whether an error was raised by a `raise` statement of this package or of the running script."""
+def explained(error: BaseException, script: Path | None = None) -> bool:
+    """Whether an error was raised by a `raise` statement of this package or of the script in this file."""
     trace = error.__traceback__
-    if trace is None:
+    if trace is None or not isinstance(error, KINDS):
         return False
     while trace.tb_next is not None:
         trace = trace.tb_next
     # A sum of the wrong shapes, say, raises a ValueError too, but not by a statement.
     by_statement = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
-    return by_statement and _is_ours(trace.tb_frame)
-
-
-def _is_ours(frame: FrameType) -> bool:
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    path = Path(frame.f_code.co_filename).resolve()
-    return path.is_relative_to(PACKAGE) or (script is not None and path == Path(script).resolve())
+    path = Path(trace.tb_frame.f_code.co_filename).resolve()
+    ours = path.is_relative_to(PACKAGE) or (script is not None and path == script.resolve())
+    return by_statement and ours
 
 
 @contextmanager
@@ -83,10 +83,10 @@ def in_flags(
     names = "|".join(map(re.escape, {**dict.fromkeys(aliases), **dict.fromkeys(parser_names)}))
 
     def flag(match: re.Match[str]) -> str:
-        value = (match[2] or "").strip("'")
+        value = (match[2] or "").strip("'\"")
         if match[1] in printed and value and "'" not in match[2]:
             return match[0]
         # A flag that is on or off has no value on the command line.
         return f"--{aliases.get(match[1], match[1])}" + (f" {value}" if value not in ("", "True") else "")
 
-    return re.sub(rf"(?<![\w-])({names})=('[^']*'|[\w./+-]*\w)?", flag, message)
+    return re.sub(rf"(?<![\w/-])({names})=('[^']*'|\"[^\"]*\"|[\w./+-]*\w)?", flag, message)

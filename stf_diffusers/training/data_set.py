@@ -264,3 +264,8 @@ def read_labels(dataset: datasets.Dataset, column: str) -> Labels:
 
 def is_class(label: object) -> bool:
     return isinstance(label, int) and not isinstance(label, bool) and label >= 0
+
+
+def public_name(name: str | None) -> str | None:
+    """A name on the Hub as it is; of a local path, the last part only."""
+    return Path(name).resolve().name if name is not None and Path(name).exists() else name

@@ -7,9 +7,21 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from diffusers import DDPMScheduler
+
 from ..noise import EDM, NOISE_PROCESSES, NoiseProcess
+from ..scheduler_process import SchedulerProcess
+from ..stock_schedulers import DISCRETE, scheduler_from_config
 
 logger = logging.getLogger(__name__)
+
+
+# Parameters of "discrete", by the names of Diffusers' training script, and what its schedulers call them.
+DISCRETE_PARAMETERS = {
+    "ddpm_num_steps": "num_train_timesteps",
+    "ddpm_beta_schedule": "beta_schedule",
+    "prediction_type": "prediction_type",
+}
 
 
 def choose_process(
@@ -22,7 +34,8 @@ def choose_process(
     """The noise process, and the sampling range where one is given. A fine-tuned pipeline's own is the default.
 
     Args:
-        noise_process: a name in `NOISE_PROCESSES`. None: that of `saved`, else "edm".
+        noise_process: a name in `NOISE_PROCESSES`, or "discrete". None: that of `saved`; else "discrete" where one of its
+            parameters is given; else "edm".
         parameters: parameters of the process that are given; "auto" for sigma_data: measured, which is the default. EDM
             takes sigma_min and sigma_max too, for sampling.
         standard_deviation: measures that of the data, where it is needed.
@@ -33,9 +46,15 @@ def choose_process(
     """
     saved_process = dict(saved["process"]) if saved else {}
     saved_name = saved_process.pop("name", None)
-    name = noise_process or saved_name or "edm"
+    name = noise_process or saved_name or (DISCRETE if parameters.keys() & DISCRETE_PARAMETERS.keys() else "edm")
     if saved_name is not None and saved_name != name:
-        raise ValueError(f"noise_process={name!r}, but the pretrained pipeline was trained on {saved_name}.")
+        raise ValueError(
+            f"noise_process={name!r}, but the pretrained pipeline was trained on {saved_name}: on {name} its network would "
+            "have to be trained anew. Leave noise_process= out, or train a new network of its shape: pass the config.json of "
+            "its unet as model_config=, without pretrained_model_name_or_path=."
+        )
+    if name == DISCRETE:
+        return _discrete_process(parameters, saved_process.get("scheduler")), {}
     given, ranges = dict(parameters), dict(saved.get("sampling_range", {})) if saved else {}
     if name == "edm":
         if "sigma_data" not in saved_process:
@@ -57,3 +76,28 @@ def choose_process(
             "measured value.", measured, process.sigma_data,
         )  # fmt: skip
     return process, ranges
+
+
+def _discrete_process(parameters: Mapping[str, Any], saved: Mapping[str, Any] | None) -> SchedulerProcess:
+    """The process of a new `DDPMScheduler`, or of the `saved` config, which the parameters must not contradict."""
+    if foreign := sorted(parameters.keys() - DISCRETE_PARAMETERS.keys()):
+        raise ValueError(f"{foreign[0]}= is not a parameter of noise_process={DISCRETE!r}; leave it out.")
+    if saved is None:
+        settings = {DISCRETE_PARAMETERS[name]: value for name, value in parameters.items()}
+        process = SchedulerProcess(DDPMScheduler(**settings, clip_sample=False))
+        if (largest := process.sampling_range()[1]) < 10:
+            logger.warning(
+                "At the last of %d timesteps sigma / alpha is %.2g: samples start from pure noise, which the network has not "
+                "seen. Use more timesteps (ddpm_num_steps), or the beta schedule squaredcos_cap_v2.",
+                len(process.timesteps), largest,
+            )  # fmt: skip
+        return process
+    for name, value in parameters.items():
+        own = saved[DISCRETE_PARAMETERS[name]]
+        if name == "ddpm_beta_schedule" and saved.get("trained_betas") is not None:
+            own = "trained_betas"
+        if value != own:
+            raise ValueError(
+                f"{name}={value!r}, but the pretrained pipeline was trained with {own!r}. Leave {name}= out."
+            )
+    return SchedulerProcess(scheduler_from_config(dict(saved)))

@@ -1,10 +1,9 @@
-"""One run at a time in an output folder, and as many processes in a run as its launcher announced."""
+"""One run at a time in an output folder."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 LOCK = ".run.lock"
@@ -29,9 +28,12 @@ class RunLock:
     def __enter__(self) -> RunLock:
         folder = self.path.parent
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
         while True:
-            self._file = open(self.path, "a+")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = open(self.path, "a+")
+            except OSError as error:
+                raise ValueError(f"output_dir={str(folder)!r} cannot be used: {error}. Choose another.") from error
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -59,28 +61,3 @@ class RunLock:
                 if any(folder.iterdir()):
                     break
                 folder.rmdir()
-
-
-def check_number_of_processes(running: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise ValueError unless the run has as many processes as its launcher announced.
-
-    Args:
-        running: number of processes of the run, as Accelerate found it.
-        environment: what the launcher has set.
-    """
-    cure = (
-        "On CPUs set ACCELERATE_USE_CPU=true and pass --multi_gpu --num_processes N to `accelerate launch`, or use "
-        "`torchrun --nproc_per_node N`; on GPUs pass no more processes than there are GPUs."
-    )
-    announced = int(environment.get("WORLD_SIZE", "1"))
-    if announced != running:
-        raise ValueError(
-            f"the launcher announced {announced} processes (WORLD_SIZE), and this run has {running}: each would train "
-            f"alone. {cure}"
-        )
-    # `accelerate launch --num_processes N` without --multi_gpu sets an address for N processes, and starts one.
-    launched = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
-    if launched and "WORLD_SIZE" not in environment and running == 1 and "OMPI_COMM_WORLD_SIZE" not in environment:
-        raise ValueError(
-            f"`accelerate launch` was given several processes (it has set MASTER_ADDR), and started one. {cure}"
-        )

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..files import replacing
 from ..objective import PerturbedBatch
+from ..plotting import plot_training_levels
 from ..posterior import pixels_to_float
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,22 @@ def tracker_may_fail() -> Iterator[None]:
     # Trackers share no error of their own, and none is worth a training run.
     except Exception as error:
         logger.warning("The tracker failed, and the training goes on without this report: %s", error)
+
+
+def start_trackers(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
+    """Start the trackers, and show them the settings of the run.
+
+    Raises:
+        ValueError: one does not start.
+    """
+    try:
+        accelerator.init_trackers("stf_diffusers", config={name: str(value) for name, value in settings.items()})
+    # Whatever a tracker's client raises where its server or folder cannot be reached.
+    except Exception as error:
+        raise ValueError(
+            f"report_to=: the tracker does not start: {error}. Make its server or folder reachable, or pass "
+            "report_to='none'."
+        ) from error
 
 
 def log_picture(accelerator: Accelerator, picture: Image.Image, step: int) -> None:
@@ -241,3 +259,15 @@ class TargetShare:
         elif self._steps == 4:
             step = (self._now() - self._start) / 3
             logger.info("Targets take %.4f of the %.4f seconds of a step.", self._targets / 3, step)
+
+
+def save_profile(profile: dict[str, list[float]], path: Path) -> None:
+    """Draw a `LevelProfile`'s result into a PNG file, where matplotlib is installed."""
+    try:
+        figure = plot_training_levels(**profile)
+    except ImportError:
+        logger.info("Loss and variance by noise level are drawn where matplotlib is installed: pip install matplotlib.")
+        return
+    with replacing(path) as file:
+        figure.savefig(file)
+    logger.info("Loss and variance removed by noise level: %s", path)

@@ -4,6 +4,7 @@ import pytest
 from accelerate import Accelerator
 
 from stf_diffusers import EDM, VE, VP, FlowMatching
+from stf_diffusers.export import process_to_config
 from stf_diffusers.training.noise_process import choose_process
 
 
@@ -45,6 +46,29 @@ def test_a_pipeline_that_is_trained_further_says_what_it_was_trained_on():
     saved = {"process": {"name": "edm", "sigma_data": 0.7}, "sampling_range": {"sigma_max": 20.0}}
     found = choose_process(None, {}, standard_deviation=lambda: 0.7, saved=saved, normalised=True)
     assert found == (EDM(sigma_data=0.7), {"sigma_max": 20.0})
+
+
+def test_discrete():
+    """By name or by one of its parameters; a pipeline's own, which a parameter may repeat and not contradict."""
+    given = {"ddpm_num_steps": 500, "ddpm_beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    plain, ranges = choose_process("discrete", {}, standard_deviation=never)
+    assert (len(plain.timesteps), plain.prediction_type, ranges) == (1000, "epsilon", {})
+    process, _ = choose_process(None, given, standard_deviation=never)
+    assert (len(process.timesteps), process.prediction_type) == (500, "v_prediction")
+    assert process.scheduler.config.beta_schedule == "squaredcos_cap_v2" and not process.scheduler.config.clip_sample
+    saved = {"process": process_to_config(process)}
+    for again in ({}, given):
+        found, _ = choose_process(None, again, standard_deviation=never, saved=saved)
+        assert process_to_config(found) == process_to_config(process)
+    for name, value in (("ddpm_num_steps", 1000), ("ddpm_beta_schedule", "linear"), ("prediction_type", "sample")):
+        with pytest.raises(
+            ValueError, match=rf"{name}={value!r}, but the pretrained pipeline was .* Leave {name}= out"
+        ):
+            choose_process(None, {name: value}, standard_deviation=never, saved=saved)
+    with pytest.raises(ValueError, match="was trained on discrete: on vp its network would have to be trained anew"):
+        choose_process("vp", {}, standard_deviation=never, saved=saved)
+    with pytest.raises(ValueError, match="prediction_type= is not a parameter of noise_process='vp'"):
+        choose_process("vp", {"prediction_type": "epsilon"}, standard_deviation=never)
 
 
 def test_parameters_of_other_processes():

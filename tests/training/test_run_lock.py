@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and as many processes as were announced."""
+"""One run at a time in a folder."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stf_diffusers.training.run_lock import LOCK, RunLock, check_number_of_processes
+from stf_diffusers.training.run_lock import LOCK, RunLock
 from tiny import ROOT
 
 HOLD = """
@@ -48,32 +48,3 @@ def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path):
     with pytest.raises(KeyError), RunLock(tmp_path / "mine"):
         raise KeyError
     assert (tmp_path / "mine").is_dir()
-
-
-LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
-
-
-@pytest.mark.parametrize(
-    ("running", "environment"),
-    [
-        (1, {}),
-        (1, LAUNCHED),
-        (1, {"MASTER_ADDR": "10.0.0.1"}),  # of a cluster's own making
-        (2, {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", **LAUNCHED}),
-        (1, {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}),
-    ],
-)
-def test_as_many_processes_as_announced(running, environment):
-    check_number_of_processes(running, environment)
-
-
-@pytest.mark.parametrize(
-    ("running", "environment", "message"),
-    [
-        (1, {"WORLD_SIZE": "2", **LAUNCHED}, "announced 2 processes"),
-        (1, {"MASTER_ADDR": "127.0.0.1", **LAUNCHED}, "was given several processes"),
-    ],
-)
-def test_fewer_processes_than_announced(running, environment, message):
-    with pytest.raises(ValueError, match=message):
-        check_number_of_processes(running, environment)
