@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import DatasetCard, cached_assets_path
 from huggingface_hub.utils import WeakFileLock
 
@@ -28,6 +30,8 @@ _BUILDERS = {
     ".jsonl": "json",
     ".tar": "webdataset",
 }
+# All that Datasets takes for the name of a split contains one of these.
+_SPLIT_WORDS = ("train", "test", "val", "dev")
 _SPLITS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
 
 
@@ -65,6 +69,12 @@ def folder_builder(
         config_name: a configuration that the folder's card declares.
         images: read images alone, whatever else is there.
     """
+    files = _visible_files(path)
+    pictures = sum(file.suffix.lower() in ImageFolder.EXTENSIONS for file in files)
+    one_split = not any(word in str(file).lower() for word in _SPLIT_WORDS for file in files)
+    if one_split and pictures and (images or (pictures == len(files) and config_name is None)):
+        # What Datasets finds too, once it has listed all files for each of its 66 patterns: 34 s for 20,000 images, here 3.
+        return _classes_builder(path, cache_dir)
     if images:
         builder = datasets.load_dataset_builder("imagefolder", data_dir=str(path), cache_dir=cache_dir)
     else:
@@ -74,22 +84,26 @@ def folder_builder(
     )
     if not hasattr(builder, "EXTENSIONS") or config_name is not None or declared:
         return builder
-    folder = path.resolve()
-    there = sum(_is_visible_image(file, folder, builder) for file in folder.rglob("*"))
-    files = [file for split in builder.config.data_files.values() for file in split]
-    if sum(Path(file).suffix.lower() in builder.EXTENSIONS for file in files) >= there:
+    taken = [Path(file).suffix.lower() for split in builder.config.data_files.values() for file in split]
+    if sum(suffix in ImageFolder.EXTENSIONS for suffix in taken) >= pictures:
         return builder
     logger.info("%s: folders are classes, since not every image is in a folder of a split.", path)
+    return _classes_builder(path, cache_dir)
+
+
+def _classes_builder(path: Path, cache_dir: str | None) -> datasets.DatasetBuilder:
     return datasets.load_dataset_builder(
         "imagefolder", data_dir=str(path), data_files={"train": "**"}, cache_dir=cache_dir
     )
 
 
-def _is_visible_image(file: Path, folder: Path, builder: datasets.DatasetBuilder) -> bool:
-    # Datasets leaves out what begins with a dot, and folders of two underscores.
-    parts = file.relative_to(folder).parts
-    hidden = any(part.startswith(".") for part in parts) or any(part.startswith("__") for part in parts[:-1])
-    return file.suffix.lower() in builder.EXTENSIONS and not hidden
+def _visible_files(folder: Path) -> list[Path]:
+    """The files that Datasets sees: none that begins with a dot, or in a folder that begins with one or with two underscores."""
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        found += [Path(place, name).relative_to(folder) for name in names if not name.startswith(".")]
+    return found
 
 
 def _stamp(path: Path) -> str:

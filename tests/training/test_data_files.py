@@ -7,8 +7,10 @@ from collections import Counter
 import datasets
 import numpy as np
 import pytest
+from datasets.data_files import SPLIT_KEYWORDS
 from PIL import Image
 
+from stf_diffusers.training.data_files import _SPLIT_WORDS
 from stf_diffusers.training.data_set import load_split, read_labels
 from stf_diffusers.training.image_data import open_images
 
@@ -42,6 +44,28 @@ def test_folders_of_classes_whatever_their_names(names, classes, how, load, tmp_
     """Datasets takes "train" and "test" for splits, and leaves the other folders out."""
     data = load(**{how: pictures(tmp_path / "data", *names)})
     assert data.features["label"].names == classes and len(data) == 3
+
+
+@pytest.mark.parametrize(
+    "names", [["b/1.png", "a/0.png", "a/x/2.JPG"], ["1.png", "0.jpg", "10.png"], ["b/1.png", "a/2.png", ".x/0.png"]]
+)
+@pytest.mark.parametrize("note", [None, "notes.txt"])
+def test_what_is_found_without_looking_for_splits_is_what_datasets_finds(names, note, load, tmp_path):
+    folder = pictures(tmp_path / "data", *names)
+    if note:
+        (tmp_path / "data" / note).write_text("not an image")
+    plain = datasets.load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=str(tmp_path / "plain"))
+    for how in ("dataset_name", "train_data_dir"):
+        found = load(**{how: folder})
+        assert found.features == plain.features
+        assert [np.asarray(image).tolist() for image in found["image"]] == [
+            np.asarray(image).tolist() for image in plain["image"]
+        ]
+
+
+def test_every_name_of_a_split_is_known_by_its_letters():
+    words = [word for words in SPLIT_KEYWORDS.values() for word in words]
+    assert all(any(part in word for part in _SPLIT_WORDS) for word in words)
 
 
 def test_an_image_outside_of_every_split_makes_all_of_them_training_images(load, tmp_path):
