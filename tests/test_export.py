@@ -111,5 +111,5 @@ def test_errors_say_what_is_supported():
         sampling_scheduler(VE(), sigma_max=50.0)
     with pytest.raises(TypeError, match="can be saved"):
         process_to_config(SchedulerProcess(EulerDiscreteScheduler()))
-    with pytest.raises(ValueError, match="none of edm, ve, vp, flow, discrete"):
+    with pytest.raises(ValueError, match="not one of edm, ve, vp, flow, discrete"):
         process_from_config({"name": "cosine"})

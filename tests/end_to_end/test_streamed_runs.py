@@ -49,7 +49,7 @@ def test_two_processes(flags, image_folder, tmp_path):
 
 def test_a_broken_image_late_in_the_stream_is_named(flags, tmp_path):
     buffer = io.BytesIO()
-    Image.new("L", (8, 8)).save(buffer, "PNG")
+    Image.linear_gradient("L").resize((8, 8)).save(buffer, "PNG")
     rows = [{"image": {"bytes": buffer.getvalue(), "path": None}} for _ in range(30)]
     rows[25]["image"]["bytes"] = b"no image"
     features = datasets.Features({"image": datasets.Image()})
