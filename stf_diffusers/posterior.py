@@ -71,7 +71,7 @@ def check_batch(name: str, images: Any, shape: str) -> None:
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Autocast off and float32 matrix products in IEEE float32, whatever the caller's settings, which come back after.
+    """Autocast off, float32 matrix products in IEEE float32; the caller's settings are restored afterwards.
 
     ``autocast(enabled=False)`` alone leaves TF32 (CUDA) and bf16 (oneDNN) products on.
     """
