@@ -199,7 +199,7 @@ def report(args: argparse.Namespace) -> None:
     (args.output_dir / "quality.json").write_text(json.dumps(content, indent=2, ensure_ascii=False))
     picture(samples, images, found, chosen).save(args.output_dir / "memorization.png")
     lines = ["| | |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in quality.rows().items())]
-    lines += [f"| Kernel distance, standard error over subsets | {quality.kernel_distance.standard_error:.2g} |"]
+    lines += [f"| Kernel distance, standard error | {quality.kernel_distance.standard_error:.2g} |"]
     lines += ["", *quality.limits, ""] if quality.limits else [""]
     lines += [
         f"Copies: {len(copies)} of {len(paths)} samples are more than three times closer to one image of the training split than to "

@@ -373,7 +373,7 @@ if __name__ == "__main__":
     parse_args()  # --help and a mistyped flag do not wait for the imports below, which take seconds
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
@@ -543,7 +543,10 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- noise process and network
         pretrained = args.pretrained_model_name_or_path
-        saved = read_metadata(pretrained, cache_dir=args.cache_dir) if pretrained else None
+        try:
+            saved = read_metadata(pretrained, cache_dir=args.cache_dir) if pretrained else None
+        except OSError as error:
+            raise ValueError(f"--pretrained_model_name_or_path {pretrained} cannot be read: {error}") from error
         parameters = (*process_flags(), *DISCRETE_PARAMETERS)
         given = {flag: getattr(args, flag) for flag in parameters if getattr(args, flag) is not None}
         begun_on = run_folder.run_of(resume).get("process", {})
@@ -751,7 +754,7 @@ def main(argv: list[str] | None = None) -> None:
                 log.waited(time.perf_counter() - started)
                 draws = partial(seeded_generator, device, args.seed, process_index, step, micro)
                 torch.manual_seed(seed_for(args.seed, process_index, step, micro, DROPOUT))
-                batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+                batch = send_to_device(batch, device, non_blocking=True)
                 if flips:
                     batch["reference_images"] = flip_at_random(batch["reference_images"], draws(FLIPS))
                 sources = batch["reference_images"][: args.train_batch_size]

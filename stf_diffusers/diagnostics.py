@@ -104,7 +104,7 @@ def target_variance(
       too, and at low noise miss the rare x_t whose source is not the likeliest.) E[m_n | x_t] = m, so this is
       the trace of the covariance of m_n; it is zero for n = N, and for n = 1 its expectation is V_DSM;
     - D: ``sum_i w_i f(1 / (N w_i))``, the f-divergence of the data from the posterior in Theorem 2 of the paper, with
-      f(y) = (1/y - 1)^2 up to y = 1.5 and 8y/27 - 1/3 above;
+      f(y) = (1/y - 1)^2 up to y = 1.5 and 8y/27 - 1/3 above (an f that could not be checked against the paper's text);
     - the effective sample size: ``1 / sum_i w_i^2``.
 
     Averages over the pairs are unbiased, for a p(x0) of the N images. The standard error is their standard deviation over

@@ -37,6 +37,7 @@ from .stock_schedulers import (
     process_of_scheduler,
     scheduler_from_config,
     scheduler_to_config,
+    trained_betas,
 )
 
 # Key of the training metadata in the saved scheduler's config. Diffusers keeps keys that start with an underscore
@@ -67,7 +68,8 @@ def process_to_config(process: NoiseProcess) -> dict[str, Any]:
     if isinstance(process, SchedulerProcess) and process.scheduler_name in DISCRETE_SCHEDULERS:
         return {"name": DISCRETE, "scheduler": scheduler_to_config(process.scheduler)}
     for name, kind in NOISE_PROCESSES.items():
-        if isinstance(process, kind):
+        # One that derives from it is another process.
+        if isinstance(process, kind) and type(process) is kind:
             return {"name": name, **dataclasses.asdict(process)}
     raise TypeError(
         f"only {', '.join(NOISE_PROCESSES)} processes and those of {' and '.join(DISCRETE_SCHEDULERS)} can be saved; got "
@@ -89,21 +91,6 @@ def process_from_config(config: dict[str, Any]) -> NoiseProcess:
         raise ValueError(f"the saved noise process {name!r} is not one of {', '.join((*NOISE_PROCESSES, DISCRETE))}.")
     process: NoiseProcess = NOISE_PROCESSES[name](**parameters)
     return process
-
-
-def trained_betas(sigmas: torch.Tensor) -> list[float]:
-    """The betas of a discrete variance-preserving chain with the given noise-to-signal ratios.
-
-    Args:
-        sigmas: (T,) float64, positive, strictly increasing: sigma/alpha at timesteps 0 .. T - 1.
-
-    Returns:
-        T floats for a Diffusers scheduler's `trained_betas`: ``1 - abar_i / abar_{i-1}`` with
-        ``abar = 1 / (1 + sigma^2)`` and ``abar_{-1} = 1``.
-    """
-    # log1p and expm1: as a difference of products of numbers near 1 the smallest betas would keep few digits.
-    log_signal = -torch.log1p(sigmas.to(torch.float64) ** 2)
-    return (-torch.expm1(torch.diff(log_signal, prepend=torch.zeros(1, dtype=torch.float64)))).tolist()
 
 
 def sampling_scheduler(
@@ -226,11 +213,11 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
     """
     if isinstance(network, DiTTransformer2DModel):
         if vae is None:
-            raise ValueError("Diffusers samples a DiTTransformer2DModel with an autoencoder only: pass --vae.")
+            raise ValueError("Diffusers samples a DiTTransformer2DModel with an autoencoder only: pass vae=.")
         if math.isinf(process.last_time):
             raise ValueError(
                 f"DiTPipeline starts from noise of variance 1, which {type(process).__name__} lacks. Train a "
-                "DiTTransformer2DModel on --noise_process vp or flow."
+                "DiTTransformer2DModel on noise_process='vp' or noise_process='flow'."
             )
         return DiTPipeline
     conditional = network.config["num_class_embeds"] is not None
@@ -238,7 +225,7 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
         if conditional:
             raise ValueError(
                 "Diffusers has no pipeline for latents of a UNet2DModel with classes. Use a DiTTransformer2DModel "
-                "(--model_config examples/configs/dit_latents.json), or leave the classes out."
+                "(model_config='dit_latents'), or leave the classes out."
             )
         return LDMPipeline
     if not conditional and process.scheduler_family != "edm":
@@ -247,8 +234,8 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
         height, width = network.config["sample_size"]
         raise ValueError(
             f"the images are {height}x{width}. Diffusers samples EDM networks, and networks with classes, by "
-            "ConsistencyModelPipeline, which only makes square images. Pass --noise_process vp, ve or flow without "
-            "classes, or one side as --resolution."
+            "ConsistencyModelPipeline, which only makes square images. Pass noise_process='vp', noise_process='ve' or "
+            "noise_process='flow' without classes, or one side as resolution=."
         )
     return ConsistencyModelPipeline
 

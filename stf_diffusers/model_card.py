@@ -71,8 +71,8 @@ _ADVICE = {
     "which is far too few for this model.",
     "DDPMPipeline": "Without `num_inference_steps` the pipeline takes 1,000 steps; the multistep solver that is saved "
     "needs a few tens.",
-    "discrete": "Without `num_inference_steps` the pipeline takes 1,000 steps. The saved scheduler is that of the training, which "
-    "gives worse images in a few tens.",
+    "discrete": "`num_inference_steps` can be at most the number of timesteps above, with which the images are best: the "
+    "scheduler is that of the training. In a few tens of steps, use a multistep solver or `stf_diffusers`.",
     "LDMPipeline": "The pipeline decodes with the autoencoder in `vqvae/`: the scale of the latents that the network was trained "
     "on is part of it.",
     "DiTPipeline": "Class 1000 stands for no class. The pipeline decodes with the autoencoder in `vae/`: the scale of the latents "

@@ -181,7 +181,9 @@ def posterior_state(
             if norms is None and images.dtype != torch.int8:
                 # NaN for the rows that use such a reference, and nothing for the others: 0 times infinity is NaN too.
                 unusable = ~known.isfinite()
-                images, known = images.masked_fill(unusable[:, None], 0), known.masked_fill(unusable, torch.nan)
+                # Elsewhere than on the CPU asking whether there are any would wait for the device.
+                if noisy.device.type != "cpu" or bool(unusable.any()):
+                    images, known = images.masked_fill(unusable[:, None], 0), known.masked_fill(unusable, torch.nan)
             images = queries.exact(images)
             logits = queries.logits(images, known)
             if mask is not None:
@@ -216,6 +218,25 @@ def coefficient_rows(alpha: Tensor | float, sigma: Tensor | float, noisy: Tensor
             f"sigma must be positive; got {rows[1].min().item()}. At sigma = 0 the posterior is x_t itself."
         )
     return rows[0], rows[1]
+
+
+def _check_arithmetic(arithmetic: str | None, dtype: torch.dtype, dimension: int) -> None:
+    if arithmetic not in (None, "int8", "float64"):
+        raise ValueError(f"arithmetic must be 'int8', 'float64' or None; got {arithmetic!r}.")
+    if arithmetic == "int8" and dtype != torch.uint8:
+        raise TypeError(f"arithmetic='int8' is for uint8 references; got {dtype}. Leave it out.")
+    if arithmetic == "int8" and dimension not in TERMS:
+        raise ValueError(
+            f"arithmetic='int8' takes images of {TERMS.start} to {TERMS.stop - 1} values; got {dimension}. Leave it out."
+        )
+
+
+def _check_mask(mask: Tensor, batch_size: int, n: int) -> None:
+    check_tensor("mask", mask, "(B, n)")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool; got {mask.dtype}. Compare to make one, for instance `weights > 0`.")
+    if mask.shape != (batch_size, n):
+        raise ValueError(f"mask must be (B, n) = ({batch_size}, {n}); got {tuple(mask.shape)}.")
 
 
 @torch.no_grad()
@@ -275,25 +296,12 @@ def posterior_mean(
             "give the DSM target."
         )
     if mask is not None:
-        check_tensor("mask", mask, "(B, n)")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool; got {mask.dtype}. Compare to make one, for instance `weights > 0`.")
-        if mask.shape != (noisy.shape[0], n):
-            raise ValueError(f"mask must be (B, n) = ({noisy.shape[0]}, {n}); got {tuple(mask.shape)}.")
+        _check_mask(mask, noisy.shape[0], n)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1; got {chunk_size}. Leave it out to have it chosen.")
     if reference.dtype != torch.uint8:
         pixels_to_float(reference[:0])
-        if arithmetic == "int8":
-            raise TypeError(f"arithmetic='int8' is for uint8 references; got {reference.dtype}. Leave it out.")
-    if arithmetic not in (None, "int8", "float64"):
-        raise ValueError(f"arithmetic must be 'int8', 'float64' or None; got {arithmetic!r}.")
-    dimension = noisy[0].numel()
-    if arithmetic == "int8" and dimension not in TERMS:
-        raise ValueError(
-            f"arithmetic='int8' takes images of {TERMS.start} to {TERMS.stop - 1} values; got "
-            f"{dimension}. Leave it out."
-        )
+    _check_arithmetic(arithmetic, reference.dtype, noisy[0].numel())
     alpha, sigma = coefficient_rows(alpha, sigma, noisy)
     if mask is not None and noisy.device.type == "cpu" and not bool(mask.any(1).all()):
         rows = (~mask.any(1)).nonzero().flatten().tolist()

@@ -66,3 +66,18 @@ def process_of_scheduler(scheduler: Any) -> NoiseProcess:
         f"{', '.join((*NOISE_PROCESSES, DISCRETE))}. Load the folder that the training saved, with the scheduler in it, or "
         "sample in plain Diffusers."
     )
+
+
+def trained_betas(sigmas: torch.Tensor) -> list[float]:
+    """The betas of a discrete variance-preserving chain with the given noise-to-signal ratios.
+
+    Args:
+        sigmas: (T,) float64, positive, strictly increasing: sigma/alpha at timesteps 0 .. T - 1.
+
+    Returns:
+        T floats for a Diffusers scheduler's `trained_betas`: ``1 - abar_i / abar_{i-1}`` with
+        ``abar = 1 / (1 + sigma^2)`` and ``abar_{-1} = 1``.
+    """
+    # log1p and expm1: as a difference of products of numbers near 1 the smallest betas would keep few digits.
+    log_signal = -torch.log1p(sigmas.to(torch.float64) ** 2)
+    return (-torch.expm1(torch.diff(log_signal, prepend=torch.zeros(1, dtype=torch.float64)))).tolist()

@@ -1,6 +1,7 @@
 """The package's shape: strict layers, light imports, an API on one screen."""
 
 import ast
+import re
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -136,6 +137,34 @@ def test_imports_are_found_however_they_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     own, others = imported("training.loop")
     assert own == {"training.data", "noise", "__init__", "training.__init__"} and others == {"os"}
+
+
+ROOT = PACKAGE.parent
+SOURCES = [
+    path for folder in ("stf_diffusers", "examples", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")
+]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    source = path.read_text()
+    assert source.count("\n") <= 400 or path.name == "train_unconditional_stf.py"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name not in ("parse_args", "main"):
+            assert node.end_lineno - node.lineno < 80, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+
+
+def test_the_package_names_no_flags():
+    """Messages name arguments; a script puts its flags in their place. Launchers' and pip's flags are theirs."""
+    others = ("accelerate launch", "torchrun", "pip ", "--include", "--multi_gpu", "--[a-z", "-- ")
+    found = [
+        f"{path.name}: {node.value[:80]}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"(?<![\w-])--[a-z]", node.value)
+        and not any(other in node.value for other in others) and path.name not in ("variance_report.py", "command_line.py")
+    ]  # fmt: skip
+    assert not found, found
 
 
 def test_every_part_of_a_training_is_documented():

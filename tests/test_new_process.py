@@ -13,7 +13,7 @@ from diffusers import DDPMPipeline, DiffusionPipeline
 from scipy import stats
 
 from exact_networks import ExactUNet, small_unet
-from stf_diffusers import NoiseProcess, STFPipeline, STFTrainingObjective
+from stf_diffusers import VP, NoiseProcess, STFPipeline, STFTrainingObjective
 from stf_diffusers.export import diffusers_pipeline, process_from_config, process_to_config, save_pipeline
 from stf_diffusers.noise import NOISE_PROCESSES, parameter
 from stf_diffusers.prediction import prediction_coefficients
@@ -136,3 +136,17 @@ def test_integer_times_are_the_inverse_of_the_timestep(name):
 def test_a_process_without_integer_timesteps():
     with pytest.raises(TypeError, match="EDM has no integer timesteps"):
         NOISE_PROCESSES["edm"]().integer_times()
+
+
+def test_a_process_that_derives_from_another_is_not_saved_as_that(monkeypatch):
+    """Its samples would be those of its parent, silently."""
+
+    class Slower(VP):
+        def alpha(self, t):
+            return super().alpha(t / 2)
+
+    with pytest.raises(TypeError, match="can be saved"):
+        process_to_config(Slower())
+    monkeypatch.setitem(NOISE_PROCESSES, "slower", Slower)
+    assert process_to_config(Slower())["name"] == "slower"
+    assert type(process_from_config(process_to_config(Slower()))) is Slower

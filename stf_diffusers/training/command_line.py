@@ -83,10 +83,10 @@ def in_flags(
     names = "|".join(map(re.escape, {**dict.fromkeys(aliases), **dict.fromkeys(parser_names)}))
 
     def flag(match: re.Match[str]) -> str:
-        value = (match[2] or "").strip("'")
+        value = (match[2] or "").strip("'\"")
         if match[1] in printed and value and "'" not in match[2]:
             return match[0]
         # A flag that is on or off has no value on the command line.
         return f"--{aliases.get(match[1], match[1])}" + (f" {value}" if value not in ("", "True") else "")
 
-    return re.sub(rf"(?<![\w-])({names})=('[^']*'|[\w./+-]*\w)?", flag, message)
+    return re.sub(rf"(?<![\w/-])({names})=('[^']*'|\"[^\"]*\"|[\w./+-]*\w)?", flag, message)

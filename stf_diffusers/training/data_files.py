@@ -106,7 +106,7 @@ def _extracted(path: Path, cache_dir: str | None) -> Path:
     folder = cached_assets_path("stf_diffusers", "archives", assets_dir=cache_dir) / f"{path.stem}-{_stamp(path)}"
     with WeakFileLock(folder.with_suffix(".lock")):
         if not folder.is_dir():
-            with zipfile.ZipFile(path) as archive, replacing(folder) as place:
+            with zipfile.ZipFile(path) as archive, replacing(folder, durable=False) as place:
                 place.mkdir()  # for an archive without files too
                 archive.extractall(place)
     return folder

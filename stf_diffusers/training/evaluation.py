@@ -26,9 +26,9 @@ from ..files import replacing
 from ..metrics import FeatureStatistics
 from ..model_card import model_card
 from ..quality import SampleQuality, sample_quality
-from .image_data import ImageColumn
 from .run_folder import BEST, RECORDS, explained_write_errors
 from .sampling import as_pixels, sample_images, seed_for
+from .sources import IndexedImages
 from .training_log import tracker_may_fail
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def gathered(features: Tensor) -> Tensor:
 
 
 def data_features(
-    images: ImageColumn, extractor: FeatureExtractor, cache_dir: str | None = None, quiet: bool = False
+    images: IndexedImages, extractor: FeatureExtractor, cache_dir: str | None = None, quiet: bool = False
 ) -> Tensor:
     """Features of all images (N, d), each process computing a part; read from the cache where they were computed before.
 
@@ -103,7 +103,7 @@ class Evaluation:
     def __init__(
         self,
         accelerator: Accelerator,
-        images: ImageColumn,
+        images: IndexedImages,
         output_dir: Path,
         *,
         eval_extractor: str,

@@ -94,7 +94,7 @@ def _written(path: Path, images: Tensor) -> Tensor:
             file.finish({})
     except OSError as error:
         logger.warning(
-            "Decoded images are not kept: %s. Make room in %s, or pass --no-image_cache.", error, path.parent
+            "Decoded images are not kept: %s. Make room in %s, or pass image_cache=False.", error, path.parent
         )
         return images
     return RowReader(path).mapped("images")

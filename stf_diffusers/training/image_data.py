@@ -60,10 +60,6 @@ class ImageColumn(IndexedImages):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __str__(self) -> str:
-        where = "kept in memory" if self.images is not None else "made as they are read"
-        return f"{len(self)} images of {self.shape}, {where}"
-
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.reader.shape
@@ -98,6 +94,14 @@ class ImageColumn(IndexedImages):
         if self.labels is not None:
             content.update(self.labels.numpy().data)
         return content.hexdigest()[:16]
+
+    @property
+    def read_alike(self) -> bool:
+        return not self.crops_at_random
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.dataset._fingerprint}/{self.column}/{self.reader}"
 
     def manifest(self) -> dict[str, Any]:
         return {"num_images": len(self), "data_digest": self.digest(), "image_shape": list(self.shape)}

@@ -30,7 +30,6 @@ from .autoencoder import (
     fold_normalization,
     own_scale,
 )
-from .image_data import ImageColumn
 from .sources import IndexedImages
 
 logger = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ class LatentCache:
 
 
 def encode_all(
-    images: ImageColumn,
+    images: IndexedImages,
     vae: ModelMixin,
     path: Path,
     *,
@@ -118,7 +117,7 @@ def encode_all(
         ValueError: images that are cropped at random or do not fit the autoencoder, or latents that are not finite.
         OSError: the file cannot be written; says how much room it needs.
     """
-    if images.crops_at_random:
+    if not images.read_alike:
         raise ValueError(
             "latents are encoded once, and the images are not square and cropped at random, so that each has many. Pass "
             "center_crop=."
@@ -143,17 +142,15 @@ def encode_all(
     return LatentCache.open(path)
 
 
-def digest_of_images(images: ImageColumn) -> str:
+def digest_of_images(images: IndexedImages) -> str:
     """Identifies these images. Where they are decoded as they are read, their own digest covers only a few of them, and
-    Datasets' fingerprint stands for the others.
+    their fingerprint stands for the others.
     """
-    if images.images is not None:
-        return images.digest()
-    return f"{images.digest()}/{images.dataset._fingerprint}/{images.column}/{images.reader}"
+    return images.digest() if images.in_memory is not None else f"{images.digest()}/{images.fingerprint}"
 
 
 def write_latents(
-    images: ImageColumn,
+    images: IndexedImages,
     vae: ModelMixin,
     path: Path,
     origin: dict[str, str],
@@ -235,7 +232,7 @@ class Moments:
 
 
 class LatentColumn(IndexedImages):
-    """Normalised latents and labels by lists of indices, in place of an `ImageColumn`.
+    """Normalised latents and labels by lists of indices, in place of the images.
 
     Each reading of a list draws its latents from their posteriors, and with mirrored latents each from the image's or its
     mirror's, all as a function of `seed` and the list: a run that is resumed reads what it would have read. Sources and
@@ -270,9 +267,13 @@ class LatentColumn(IndexedImages):
     def __len__(self) -> int:
         return len(self.cache.mean)
 
-    def __str__(self) -> str:
-        where = "made as they are read" if self.in_memory is None else "kept in memory"
-        return f"{len(self)} images of {self.shape}, {where}"
+    @property
+    def read_alike(self) -> bool:
+        return self.in_memory is not None
+
+    @property
+    def fingerprint(self) -> str:
+        return self.digest()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -291,7 +292,7 @@ class LatentColumn(IndexedImages):
             return None
         return self.scale.normalize(self.cache.mean)
 
-    def digest(self) -> str:
+    def digest(self, at_most: int = 256) -> str:
         content = hashlib.sha256(f"{sorted(self.cache.origin.items())} {self.sample} {self.scale}".encode())
         if self.labels is not None:
             content.update(raw_bytes(self.labels))
@@ -330,7 +331,7 @@ class LatentColumn(IndexedImages):
 
 
 def load_latents(
-    images: ImageColumn,
+    images: IndexedImages,
     vae: ModelMixin,
     folder: Path,
     *,

@@ -49,12 +49,11 @@ class References:
         images, reference_labels = batch["reference_images"], batch.get("reference_labels")
         if self.shared:
             return {"reference": SharedReferences(images, reference_labels), "labels": labels}
-        unconditional = None if labels is None or self.sampler is None else self.sampler.num_unconditional
         return {
             "reference": images,
             "labels": labels,
             "reference_labels": reference_labels,
-            "num_unconditional": unconditional,
+            "num_unconditional": None if labels is None else batch.get("num_unconditional"),
         }
 
     def __str__(self) -> str:
@@ -109,10 +108,10 @@ def choose_references(
     Raises:
         ValueError: a bank of images that are cropped at random, or more references than there are images.
     """
+    if images.num_references is not None:
+        return References("none", 1, None) if objective == "dsm" else References("stream", images.num_references, None)
     if images.num_images is None:
-        if objective == "dsm":
-            return References("none", 1, None)
-        return References("stream", images.num_references or 1, None)
+        raise ValueError("images whose number is not known have to bring their references: num_references is None.")
     total, shared = images.num_images, share_reference and num_processes > 1
     parts = num_processes if shared else 1
     if batch_size * num_processes > total:

@@ -28,9 +28,12 @@ class RunLock:
     def __enter__(self) -> RunLock:
         folder = self.path.parent
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
         while True:
-            self._file = open(self.path, "a+")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = open(self.path, "a+")
+            except OSError as error:
+                raise ValueError(f"output_dir={str(folder)!r} cannot be used: {error}. Choose another.") from error
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

@@ -58,8 +58,8 @@ class TrainingImages(ABC):
         """(N, C, H, W), all images as they are read each time; None where they are not in memory, or read differently."""
 
     @abstractmethod
-    def digest(self) -> str:
-        """Identifies these images and labels."""
+    def digest(self, at_most: int = 256) -> str:
+        """Identifies these images and labels, by `at_most` of those that are not in memory."""
 
     @abstractmethod
     def manifest(self) -> dict[str, Any]:
@@ -113,6 +113,20 @@ class IndexedImages(TrainingImages, Dataset):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    @property
+    @abstractmethod
+    def read_alike(self) -> bool:
+        """Whether an image is the same each time it is read."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """What tells all images from others without reading them, as far as it is known."""
+
+    def __str__(self) -> str:
+        where = "made as they are read" if self.in_memory is None else "kept in memory"
+        return f"{len(self)} images of {self.shape}, {where}"
+
     @abstractmethod
     def bank_in_file(
         self, path: Path, augmentation: Augmentation, process_shard: tuple[int, int] | None, quiet: bool
@@ -161,7 +175,9 @@ class IndexedImages(TrainingImages, Dataset):
         loader = DataLoader(
             self,
             batch_sampler=sampler,
-            collate_fn=partial(collate, ReferenceBatchCollator(sampler.num_sources)),
+            collate_fn=partial(
+                collate, ReferenceBatchCollator(sampler.num_sources, num_unconditional=sampler.num_unconditional)
+            ),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,

@@ -130,7 +130,7 @@ class ImageStream(TrainingImages):
             torch.stack([summary["levels"] for summary in summaries]).sum(0)
         )
 
-    def digest(self) -> str:
+    def digest(self, at_most: int = 256) -> str:
         """A digest of the images and labels that the stream begins with."""
         return self._digest
 

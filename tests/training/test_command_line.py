@@ -89,7 +89,8 @@ DIFFUSERS_FLAGS = """
 --lr_scheduler cosine --lr_warmup_steps 500 --adam_beta1 0.95 --adam_beta2 0.999 --adam_weight_decay 1e-6
 --adam_epsilon 1e-8 --use_ema --ema_inv_gamma 1.0 --ema_power 0.75 --ema_max_decay 0.9999 --push_to_hub --hub_token x
 --hub_model_id x --hub_private_repo --logger none --logging_dir logs --local_rank -1 --mixed_precision no
---ddpm_num_inference_steps 1000 --checkpointing_steps 500 --checkpoints_total_limit 2
+--prediction_type epsilon --ddpm_num_steps 1000 --ddpm_beta_schedule linear --ddpm_num_inference_steps 1000
+--checkpointing_steps 500 --checkpoints_total_limit 2
 """
 
 

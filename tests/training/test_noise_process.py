@@ -21,11 +21,11 @@ def test_given_processes():
     assert choose_process(None, limits, standard_deviation=lambda: 0.5) == (EDM(), limits), "EDM's are for sampling"
 
 
-def test_sigma_data_is_measured_where_it_is_asked_for_or_the_data_are_normalised(caplog):
+def test_sigma_data_is_measured_unless_given(caplog):
     assert choose_process("edm", {"sigma_data": "auto"}, standard_deviation=lambda: 0.61234)[0] == EDM(
         sigma_data=0.6123
     )
-    assert choose_process("edm", {}, standard_deviation=lambda: 1.0, normalised=True)[0] == EDM(sigma_data=1.0)
+    assert choose_process("edm", {}, standard_deviation=lambda: 1.0)[0] == EDM(sigma_data=1.0)
     assert not caplog.records
 
 
@@ -33,7 +33,7 @@ def test_sigma_data_is_measured_where_it_is_asked_for_or_the_data_are_normalised
 @pytest.mark.usefixtures("fresh_accelerate_state")
 def test_a_fifth_from_sigma_data_is_told(measured, told, caplog):
     Accelerator(cpu=True)  # whose logger says it once for all processes
-    choose_process("edm", {}, standard_deviation=lambda: measured)
+    choose_process("edm", {"sigma_data": 0.5}, standard_deviation=lambda: measured)
     assert ("more than 20 % from sigma_data = 0.5" in caplog.text) == told
 
 
@@ -44,7 +44,7 @@ def test_a_pipeline_that_is_trained_further_says_what_it_was_trained_on():
     with pytest.raises(ValueError, match="was trained on vp"):
         choose_process("edm", {}, standard_deviation=never, saved=saved)
     saved = {"process": {"name": "edm", "sigma_data": 0.7}, "sampling_range": {"sigma_max": 20.0}}
-    found = choose_process(None, {}, standard_deviation=lambda: 0.7, saved=saved, normalised=True)
+    found = choose_process(None, {}, standard_deviation=lambda: 0.7, saved=saved)
     assert found == (EDM(sigma_data=0.7), {"sigma_max": 20.0})
 
 
