@@ -121,7 +121,7 @@ class IndexedImages(TrainingImages, Dataset):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """What tells all images from others without reading them, as far as it is known."""
+        """Identifies all images without reading them, as far as that is known."""
 
     def __str__(self) -> str:
         where = "made as they are read" if self.in_memory is None else "kept in memory"
