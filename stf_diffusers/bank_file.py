@@ -54,7 +54,7 @@ def write_bank(
 
 
 def check_finite(norms: Tensor, start: int = 0) -> None:
-    """Raise ValueError that names the images, counted from `start`, whose norms are not finite: nor are they then."""
+    """Raise ValueError naming the images, counted from `start`, that are not finite, which their norms show."""
     wrong = (~norms.isfinite()).nonzero().flatten()
     if len(wrong):
         raise ValueError(f"images {(wrong[:8] + start).tolist()} of the bank are not finite.")
@@ -117,7 +117,7 @@ def _check_columns(stored: RowReader) -> None:
 def compare_bank(path: Path, images: DatasetImages, fingerprint: str, quiet: bool) -> None:
     """Raise ValueError unless a bank's file holds those images.
 
-    Fingerprints pass over what a transform imports, and differ where a transform has only moved to another module. So 16
+    Fingerprints ignore what a transform imports, and differ where a transform has only moved to another module. So 16
     images are decoded and compared where the file has this fingerprint, and everything where it has another.
     """
     stored = read_bank(path)

@@ -91,7 +91,7 @@ class PosteriorState:
 
 
 def choose_arithmetic(device_type: str, dtype: torch.dtype, dimension: int) -> Arithmetic:
-    """The fastest arithmetic that is measured to be accurate for references of `dtype` (n, dimension) on a device."""
+    """The fastest arithmetic that was measured to be accurate for references of `dtype` (n, dimension) on a device."""
     fits = dtype == torch.uint8 and dimension in TERMS
     if device_type == "cpu" and fits and cpu_multiplies_int8():
         return "int8"
@@ -101,7 +101,7 @@ def choose_arithmetic(device_type: str, dtype: torch.dtype, dimension: int) -> A
 # Logits this far below the largest add less than 2^-64 of the sum each.
 _NEGLIGIBLE = -64 * math.log(2)
 
-# Rows with at most so many references that matter are summed one by one.
+# Rows with at most this many references that matter are summed one by one.
 _FEW = 16
 
 

@@ -46,7 +46,7 @@ class DatasetImages:
         order: (N,) int64, the position of each image in the data set; None without `label_key`.
 
     Raises:
-        ValueError: there are no images, or labels that are not one class for each.
+        ValueError: there are no images, or not one class for each.
     """
 
     def __init__(self, dataset: Any, image_key: str, label_key: str | None, read: Callable[[Any], Tensor]) -> None:
@@ -72,7 +72,7 @@ class DatasetImages:
         return row if self.order is None else int(self.order[row])
 
     def chunks(self, quiet: bool, purpose: str = "Building the reference bank") -> Iterator[Tensor]:
-        """All images in order, `_CHUNK` at a time, with a progress bar unless `quiet`, which says the `purpose`.
+        """All images in order, `_CHUNK` at a time, with a progress bar that says the `purpose` unless `quiet`.
 
         Raises:
             ValueError: images of different shapes or dtypes.

@@ -1,4 +1,4 @@
-"""How much variance there is in the targets of training, at each noise level, and how much of it references remove.
+"""How much variance training targets have at each noise level, and how much of it references remove.
 
 Given x_t, the target of denoising score matching (DSM) is a draw of p(x0 | x_t); that of the Stable Target Field (STF) is
 the posterior mean over n references that contain this draw. Both have the expectation E[x0 | x_t]. The quantities are
@@ -47,9 +47,9 @@ class TargetVariance:
         dsm: V_DSM(t), the variance of x0.
         stf: V_STF(t; n), the variance of the posterior mean over n references, by n.
         stf_share: V_STF(t; n) / V_DSM(t), by n. NaN where V_DSM is zero.
-        divergence: D(t), of the data from the posterior; grows from 0 (the posterior is the data) to about N^2.
+        divergence: D(t), that of the data from the posterior; grows from 0 (the posterior is the data) to about N^2.
         effective_sample_size: 1 / sum of squared weights of the posterior over all images (of the class).
-        output_factor: the variance of what the process's own network is trained on is this times that of x0.
+        output_factor: variance of the process's own training target, as a multiple of that of x0.
         num_samples: number of draws of x_t.
     """
 

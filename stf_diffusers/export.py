@@ -163,7 +163,7 @@ def _noise_to_signal(process: NoiseProcess) -> torch.Tensor:
 
 
 def process_of(scheduler: Any, network: Any = None) -> NoiseProcess:
-    """What the network was trained on, by its own config or that of the scheduler beside it.
+    """The process that the network was trained on, by its own config or that of the scheduler beside it.
 
     Raises:
         ValueError: neither config says, or the scheduler's noise levels or prediction type are not those of the process.
@@ -216,7 +216,7 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
             raise ValueError("Diffusers samples a DiTTransformer2DModel with an autoencoder only: pass vae=.")
         if math.isinf(process.last_time):
             raise ValueError(
-                f"DiTPipeline starts from noise of variance 1, which {type(process).__name__} has not. Train a "
+                f"DiTPipeline starts from noise of variance 1, which {type(process).__name__} lacks. Train a "
                 "DiTTransformer2DModel on noise_process='vp' or noise_process='flow'."
             )
         return DiTPipeline
@@ -234,7 +234,7 @@ def stock_pipeline_class(network: Network, process: NoiseProcess, vae: ModelMixi
         height, width = network.config["sample_size"]
         raise ValueError(
             f"the images are {height}x{width}. Diffusers samples EDM networks, and networks with classes, by "
-            "ConsistencyModelPipeline, which makes square images alone. Pass noise_process='vp', noise_process='ve' or "
+            "ConsistencyModelPipeline, which only makes square images. Pass noise_process='vp', noise_process='ve' or "
             "noise_process='flow' without classes, or one side as resolution=."
         )
     return ConsistencyModelPipeline
@@ -255,7 +255,7 @@ def diffusers_pipeline(
     too few: always pass `num_inference_steps`.
 
     Args:
-        network: the network. It is used as it is, not copied; its config is told the process.
+        network: the network. It is used as it is, not copied; the process is written into its config.
         process, sigma_min, sigma_max: as for `sampling_scheduler`.
         vae: for a network of latents, the autoencoder that decodes them, divided by its config's `scaling_factor`.
         metadata: JSON values to keep in the saved folder, beside the process's own parameters.

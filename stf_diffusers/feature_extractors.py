@@ -1,4 +1,4 @@
-"""Features of images by somebody else's network."""
+"""Features of images, computed by a pretrained network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .posterior import full_precision
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """Features of images by a network that stays as it is.
+    """Features of images, computed by a network that is not trained.
 
     Attributes:
         name: which network, with a digest of its weights: two numbers are comparable only where this is equal.
@@ -36,7 +36,7 @@ class FeatureExtractor:
         """Features of images, `batch_size` at a time.
 
         Args:
-            images: (n, C, H, W) uint8 pixels; C of 1 (grey) or 3 (RGB), or 4, whose transparency is left out.
+            images: (n, C, H, W) uint8 pixels; C of 1 (grey) or 3 (RGB), or 4 (transparency is ignored).
 
         Returns:
             (n, d) float32, on the CPU.
@@ -93,7 +93,7 @@ def transformers_features(
     missing = [name for name in loading["missing_keys"] if not name.startswith("pooler.")]
     if missing:
         raise ValueError(
-            f"{pretrained_model_name_or_path} lacks weights: {sorted(missing)[:5]}. Its features are random."
+            f"{pretrained_model_name_or_path} lacks weights: {sorted(missing)[:5]}. Its features would be random."
         )
     pooled = not loading["missing_keys"]
     processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **where)
@@ -113,7 +113,7 @@ def transformers_features(
         states = output.last_hidden_state  # (B, tokens, d), or (B, d, h, w)
         return states.mean(1) if states.ndim == 3 else states.flatten(2).mean(2)
 
-    # A folder's place says nothing, and is nobody's business.
+    # A folder's path says nothing about the network, and is private.
     name = local.resolve().name if local.exists() else str(pretrained_model_name_or_path)
     return FeatureExtractor(
         f"{name} ({type(network).__name__}, weights {_digest(network, loading['missing_keys'])})", compute

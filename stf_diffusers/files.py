@@ -56,7 +56,7 @@ def discard(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder on the disk before anything that relies on it."""
+    """Flush a file or a folder to the disk, before anything that relies on it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""Distances between sets of images, on features of them that somebody else computed.
+"""Distances between sets of images, on features that are computed elsewhere.
 
-Numbers of a distance are comparable only where the features, the number of samples, the reference set and the sampler are
+Distances are comparable only where the features, the number of samples, the reference set and the sampler are
 the same; Fréchet and kernel distances of few samples say little.
 """
 

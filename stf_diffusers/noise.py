@@ -1,4 +1,4 @@
-"""Forward processes ``x_t = alpha(t) x0 + sigma(t) noise``, one row of the design's table each.
+"""Forward processes ``x_t = alpha(t) x0 + sigma(t) noise``.
 
 A process says what is noised and how (`alpha`, `sigma`, `sample_t`), and what its network sees and returns
 (`input_scale`, `timestep`, `output_coefficients`). Training, saving and sampling read this one description.
@@ -51,7 +51,7 @@ class NoiseProcess(ABC):
     `NOISE_PROCESSES`: training, saving and sampling take it from there. Other attributes have no annotation.
 
     Attributes:
-        last_time: the largest time that there is.
+        last_time: the largest time.
         scheduler_family: which Diffusers schedulers sample a network trained on it, by what they know of the noise:
             "edm", those that precondition the network as Karras et al. do (the process has a `sigma_data`);
             "alphas_cumprod", those with integer timesteps (`integer_times`), at which the network returns `prediction_type`;
@@ -120,7 +120,7 @@ def parameter(
     """A field of a process, with what a command line needs to know of it, as the field's `metadata`.
 
     Args:
-        default: its value by default.
+        default: default value.
         help: what it is, in a few words.
         above, at_least, at_most: the range that makes sense in training, by these names.
     """

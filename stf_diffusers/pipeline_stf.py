@@ -66,9 +66,9 @@ class STFPipeline(DiffusionPipeline):
     ``STFPipeline.from_pretrained(folder)``. What it saves is again a folder of Diffusers' own classes.
 
     Args:
-        unet: the network; or
+        unet: the network, if it is a `UNet2DModel`.
         scheduler: the Diffusers scheduler saved with it. Its config says what the network was trained on.
-        transformer: the network, where it is a `DiTTransformer2DModel`.
+        transformer: the network, if it is a `DiTTransformer2DModel`.
         vae, vqvae: for a network of latents, the autoencoder that decodes them, under either of Diffusers' names
             for it.
 
@@ -107,7 +107,7 @@ class STFPipeline(DiffusionPipeline):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The parts that there are, by name: ``STFPipeline(**pipeline.components)`` is the same pipeline."""
+        """The parts that are present, by name: ``STFPipeline(**pipeline.components)`` is the same pipeline."""
         return {name: part for name, part in super().components.items() if part is not None}
 
     @property
@@ -164,7 +164,7 @@ class STFPipeline(DiffusionPipeline):
                 the timestep that the network saw at the start of the step; ``{"latents": ...}``, if it returns that, is
                 what the next step starts from. Not with "rk45".
             return_dict: False: a tuple (images,).
-            callback_on_step_end_tensor_inputs: names of the tensors that the callback is given; "latents" is all there is.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback is given; only "latents".
             tolerance: relative and absolute tolerance of each step of "rk45". Errors add up along the path: images of a
                 trained VE or VP network are off by a few hundred times the tolerance.
 

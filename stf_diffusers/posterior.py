@@ -52,7 +52,7 @@ def take_rows(reference: ReferenceRows, rows: Tensor) -> Tensor:
 
 
 def check_tensor(name: str, value: Any, shape: str) -> None:
-    """Raise TypeError unless a value is a tensor, which is to have the shape that the message says."""
+    """Raise TypeError unless a value is a tensor; the message says which `shape` is needed."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be a tensor {shape}; got {type(value).__name__}. Pass torch.as_tensor(...) of it."
@@ -71,7 +71,7 @@ def check_batch(name: str, images: Any, shape: str) -> None:
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Autocast off and float32 matrix products in IEEE float32, whatever the caller's settings, which come back after.
+    """Autocast off, float32 matrix products in IEEE float32; the caller's settings are restored afterwards.
 
     ``autocast(enabled=False)`` alone leaves TF32 (CUDA) and bf16 (oneDNN) products on.
     """
@@ -273,8 +273,8 @@ def posterior_mean(
         between 1 and n. Rows that may use a reference that is not finite are NaN.
 
     Raises:
-        TypeError: no tensor, or a dtype that is neither floating point nor (for `reference`) uint8, or a mask that is not bool, or
-            "int8" for references that are not uint8.
+        TypeError: not a tensor, a dtype that is neither floating point nor (for `reference`) uint8, or a
+            mask that is not bool; or "int8" for references that are not uint8.
         ValueError: shapes that do not fit, an empty reference set, or, on the CPU, a sigma that is not positive or a
             row whose mask leaves nothing (elsewhere those rows are NaN: checking would wait for the device).
     """

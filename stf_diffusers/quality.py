@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .metrics import FeatureStatistics, KernelDistance, frechet_distance, kernel_distance, precision_recall
 
-# What published Fréchet and kernel distances are of.
+# Number of samples behind published Fréchet and kernel distances.
 USUAL_SAMPLES = 50_000
 
 

@@ -47,8 +47,8 @@ class ReferenceBank(ReferenceSet):
         labels: (N,) integer classes, for posteriors within a class. The rows are kept sorted by class, so that other
             classes are not touched.
         device: where the images are kept. None: where they are. Chunks are moved to the noisy images' device.
-        dtype: in which they are kept: torch.uint8, float16, bfloat16 or float32. None: as they are. uint8 is exact for
-            pixels and the fastest; half precision rounds the references themselves.
+        dtype: dtype in which they are kept: torch.uint8, float16, bfloat16 or float32. None: as they are. uint8 is
+            exact for pixels and the fastest; half precision rounds the references themselves.
         augmentation: "horizontal_flip": the set is closed under flips; an image and its mirror are both in it (an
             image that equals its mirror is in it twice, as in training with random flips).
         process_shard: (index, count): keep only this part of the images, of a bank spread over `count` processes of the

@@ -46,7 +46,7 @@ def check_solver(solver: str, guidance_scale: Any, callback: Any) -> None:
 
 
 def check_output_type(output_type: str, channels: int) -> None:
-    """Raise ValueError unless images of that many channels can be had in this form."""
+    """Raise ValueError unless images with that many channels can be returned in this form."""
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent'; got {output_type!r}.")
     if output_type == "pil" and channels not in (1, 3, 4):

@@ -19,7 +19,7 @@ from .noise import expand_as_rows
 from .prediction import edm_preconditioning
 from .solvers import Churn, check_generators, check_noise_levels, karras_sigmas
 
-# Of `set_timesteps`, as of STFPipeline: the number that Karras et al. use for CIFAR-10.
+# Default number of steps, STFPipeline's too: what Karras et al. use for CIFAR-10.
 _DEFAULT_STEPS = 18
 
 
@@ -271,7 +271,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """What the network sees of `sample` at `timestep`: ``c_in x``, in the sample's dtype.
 
-        Before `set_timesteps`, of a noised image at one of the training timesteps.
+        Before `set_timesteps`, `sample` is a noised image at one of the training timesteps.
         """
         if self.num_inference_steps is None:
             level = self.sigmas[self.index_for_timestep(timestep)]

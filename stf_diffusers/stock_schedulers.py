@@ -39,11 +39,11 @@ def scheduler_from_config(config: dict[str, Any]) -> DDPMScheduler | DDIMSchedul
 def process_of_scheduler(scheduler: Any) -> NoiseProcess:
     """What a network that another package trained was trained on, by the scheduler saved beside it.
 
-    Schedulers of flow matching tell `FlowMatching`, those that precondition as Karras et al. do `EDM`, and those that can
-    take a `DDPMScheduler`'s place the process of that one.
+    Flow-matching schedulers mean `FlowMatching`, those that precondition as Karras et al. do mean `EDM`, and those that
+    can take a `DDPMScheduler`'s place mean that one's process.
 
     Raises:
-        ValueError: it tells none of these.
+        ValueError: it means none of these.
     """
     config, name = scheduler.config, type(scheduler).__name__
     flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler)

@@ -23,12 +23,12 @@ REMOVED, NOTICEABLE = 0.9, 0.01
 
 @dataclass(frozen=True)
 class MeasuredData:
-    """What a report says of its data.
+    """What a report says about its data.
 
     Attributes:
         name: the data, as a person would recognise them.
         num_images: number of images that were measured.
-        available: number of images that there are.
+        available: number of images in the data set.
         image_shape: (C, H, W).
         within_classes: whether the law given the class was measured.
         noise_process: name of the noise process.
@@ -203,7 +203,7 @@ def report_page(
     command: str,
     versions: str,
 ) -> str:
-    """The whole report as an HTML page that refers to no other file.
+    """The whole report as an HTML page that needs no other file.
 
     Args:
         data: what was measured.

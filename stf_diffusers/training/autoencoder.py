@@ -1,4 +1,4 @@
-"""Autoencoders of Diffusers: loaded, checked, images encoded by them, and a scale of the latents folded into them."""
+"""Diffusers' autoencoders: loading and checking them, encoding images, folding a scale of the latents into them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_autoencoder(vae: str, cache_dir: str | None = None) -> ModelMixin:
     """A Diffusers autoencoder of images, in float32, for inference.
 
     Args:
-        vae: a folder or a repository on the Hub, of an autoencoder, or of a pipeline that has one as `vae` or `vqvae`.
+        vae: a folder or Hub repository that holds an autoencoder, or a pipeline with one as `vae` or `vqvae`.
             Only safetensors are read.
         cache_dir: folder for downloads.
 
@@ -78,8 +78,8 @@ def check_same_autoencoder(vae: ModelMixin, pretrained_model_name_or_path: str, 
     own = load_autoencoder(pretrained_model_name_or_path, cache_dir)
     if digest_of_autoencoder(own) != digest_of_autoencoder(vae):
         raise ValueError(
-            "vae= is another autoencoder than that of the pretrained network's own pipeline, whose latents it knows, with "
-            f"their scale folded in. Pass vae={pretrained_model_name_or_path!r}."
+            "vae= is not the autoencoder of the pretrained pipeline, whose latents the network knows, with their scale "
+            f"folded in. Pass vae={pretrained_model_name_or_path!r}."
         )
 
 
@@ -116,7 +116,7 @@ def find_autoencoder(name: str, cache_dir: str | None) -> tuple[str, str | None,
 
 @contextmanager
 def full_precision_convolutions() -> Iterator[None]:
-    """Float32 convolutions in IEEE float32, whatever the caller's settings, which come back after."""
+    """Float32 convolutions in IEEE float32, whatever the caller's settings, which are restored afterwards."""
     backends: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
     previous = [backend.fp32_precision for backend in backends]
     try:
@@ -158,7 +158,7 @@ def encode(vae: ModelMixin, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def check_fit(vae: ModelMixin, pixels: Tensor) -> tuple[tuple[int, int, int], bool]:
-    """Whether an autoencoder takes these images, and gives back what it takes.
+    """Check that an autoencoder takes these images, and decodes to images of the same shape.
 
     Args:
         vae: an autoencoder from `load_autoencoder`.
@@ -168,13 +168,13 @@ def check_fit(vae: ModelMixin, pixels: Tensor) -> tuple[tuple[int, int, int], bo
         ((c, h, w) of the latents, whether they have a standard deviation).
 
     Raises:
-        ValueError: the autoencoder takes images of other channels or of other sizes.
+        ValueError: the autoencoder takes images with other channels or of other sizes.
     """
     _, channels, resolution, width = pixels.shape
     if resolution != width:
         raise ValueError(
-            f"the images are {resolution}x{width}. Diffusers' pipelines of latents make square images alone: pass one side as "
-            "resolution=, or leave vae= out."
+            f"the images are {resolution}x{width}. Diffusers' latent pipelines only make square images: pass one side "
+            "as resolution=, or leave vae= out."
         )
     takes = vae.config.in_channels
     if takes != channels:
@@ -243,7 +243,7 @@ def choose_scale(vae: ModelMixin, mean: Sequence[float], std: Sequence[float]) -
 
 
 def own_scale(vae: ModelMixin) -> LatentScale:
-    """The scale that a pipeline's network knows its autoencoder's latents by: the config's `scaling_factor`."""
+    """The scale at which a pipeline's network sees its autoencoder's latents: the config's `scaling_factor`."""
     channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels
     return LatentScale((0.0,) * channels, (1 / (vae.config.get("scaling_factor") or 1.0),) * channels)
 

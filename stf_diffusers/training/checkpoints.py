@@ -63,7 +63,7 @@ def save_checkpoint(
 
 
 def check_finite(network: nn.Module, step: int) -> None:
-    """Raise FloatingPointError where a weight is not a number: before anything is saved."""
+    """Raise FloatingPointError if a weight is not finite, before anything is saved."""
     if not bool(torch.stack([parameter.isfinite().all() for parameter in network.parameters()]).all()):
         raise FloatingPointError(
             f"the weights are not finite after step {step}. They were not saved; the last checkpoint is good. Lower "
@@ -72,7 +72,7 @@ def check_finite(network: nn.Module, step: int) -> None:
 
 
 def read_step(checkpoint: Path, manifest: dict[str, Any]) -> int:
-    """The step of a checkpoint. Warns where its run had other settings.
+    """The step of a checkpoint. Warns if its run had other settings.
 
     Raises:
         ValueError: it belongs to a run that differs in what decides the data's order, the weights' shapes or the target.
@@ -90,7 +90,7 @@ def read_step(checkpoint: Path, manifest: dict[str, Any]) -> int:
         )
     if different := differences(settings, manifest["settings"]):
         logger.warning(
-            "Unlike before: %s. The run goes on, but does not end like one that was not interrupted.", different
+            "Changed since the checkpoint: %s. The run goes on, but will not end like an uninterrupted one.", different
         )
     return step
 

@@ -71,8 +71,8 @@ class Conditioning:
             batch_size: B.
 
         Returns:
-            (B,) labels for the network; (B,) classes for the references, -1 where dropped; (B,) orientations. None for
-            each that there is not.
+            (B,) labels for the network; (B,) classes for the references, -1 where dropped; (B,) orientations. Each is
+            None if there is none.
         """
         device = generator.device
         network_labels, classes, orientation = labels, labels, None

@@ -67,7 +67,7 @@ def folder_builder(
         path: the folder.
         cache_dir: Datasets' cache.
         config_name: a configuration that the folder's card declares.
-        images: read images alone, whatever else is there.
+        images: read only images, whatever else is there.
     """
     files = _visible_files(path)
     pictures = sum(file.suffix.lower() in ImageFolder.EXTENSIONS for file in files)
@@ -107,7 +107,7 @@ def _visible_files(folder: Path) -> list[Path]:
 
 
 def _stamp(path: Path) -> str:
-    """What tells this state of a file from others."""
+    """Identifies this state of a file."""
     stat = path.stat()
     return hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
 
@@ -133,7 +133,7 @@ def read_arrays(path: Path, cache_dir: str | None) -> dict[str, datasets.Dataset
     (N, 1) where there are some; or several of them, whose names say the split ("x_train", "test_images").
 
     Raises:
-        ValueError: no images, more than one array that may be those, or labels that are not one for each.
+        ValueError: no images, several arrays that could be the images, or not one label for each image.
     """
     arrays = {split: _images_and_labels(path, names) for split, names in _names_of_splits(path).items()}
     return {split: _as_dataset(path, *names, cache_dir) for split, names in arrays.items()}

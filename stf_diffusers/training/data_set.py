@@ -46,8 +46,8 @@ def load_split(
 
     Args:
         dataset_name: a data set on the Hub, a local folder (images, parquet, or `save_to_disk`), or a file: parquet, an
-            archive of images (.zip) or of a WebDataset (.tar), or arrays (.npz, .npy). Neither this nor `train_data_dir`:
-            scikit-learn's digits.
+            archive of images (.zip) or of a WebDataset (.tar), or arrays (.npz, .npy). Without this or
+            `train_data_dir`: scikit-learn's digits.
         dataset_config_name: the configuration of the data set, where it has several.
         train_data_dir: a folder of images.
         cache_dir: where downloads are kept.
@@ -76,7 +76,7 @@ def load_split(
 
 
 class NoSuchSplit(ValueError):
-    """A data set that is there lacks the split."""
+    """The data set exists, but lacks the split."""
 
 
 def _read(

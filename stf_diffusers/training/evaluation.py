@@ -1,4 +1,4 @@
-"""Samples' distances from the training images, shared out over the processes, and the pipeline with the least."""
+"""Distances of samples from the training images, computed by all processes, and the pipeline with the smallest."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ def data_features(
 
 class Evaluation:
     """Evaluations during a training: samples are drawn and their features computed by all processes alike, and the main
-    process compares, records, and keeps the pipeline with the least Fréchet distance in `best/`.
+    process compares, records, and keeps the pipeline with the smallest Fréchet distance in `best/`.
 
     Args:
         accelerator: the training's Accelerator.
         images: the training images.
         output_dir: the run's folder.
-        eval_extractor: a vision model of transformers, a folder or on the Hub.
+        eval_extractor: a vision model of transformers, in a folder or on the Hub.
         eval_steps: optimizer steps between evaluations.
         eval_num_samples: images per evaluation, at least `SMALLEST`.
         num_inference_steps: sampling steps.
@@ -142,7 +142,7 @@ class Evaluation:
         )[0]
 
     def due(self, step: int, max_steps: int) -> bool:
-        """Whether there is to be an evaluation after this step, and has been none."""
+        """Whether an evaluation is due after this step, and has not been made yet."""
         wanted = step > 0 and (step % self.eval_steps == 0 or step >= max_steps)
         return wanted and all(record["step"] != step for record in self.records)
 
@@ -180,7 +180,7 @@ class Evaluation:
         }
         self.records[-1] |= report | {"measured": quality.stamp, "limits": quality.limits}
         with explained_write_errors("the evaluation", self.output_dir):
-            # In this order: what is on record is done with, and a run that dies before comes back to it.
+            # In this order: an evaluation on record is finished, and a run that dies before repeats it.
             if self._is_best(quality):
                 self._keep(pipeline)
             write_json(self.output_dir / RECORDS, self.records)
@@ -189,7 +189,7 @@ class Evaluation:
             state.log({f"eval/{name}": value for name, value in report.items()}, step=step)
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """What the model card says of the pipeline of this step."""
+        """What the model card says about this step's pipeline."""
         record = next((record for record in self.records if record["step"] == step and "measured" in record), None)
         if record is None:
             return None
@@ -208,7 +208,7 @@ class Evaluation:
 
     def _keep(self, pipeline: DiffusionPipeline) -> None:
         folder = self.output_dir / BEST
-        (folder / "evaluation.json").unlink(missing_ok=True)  # it is not that of what comes now
+        (folder / "evaluation.json").unlink(missing_ok=True)  # it belongs to the earlier pipeline
         save_pipeline(pipeline, folder)
         card = model_card(
             pipeline,

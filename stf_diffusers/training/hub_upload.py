@@ -22,7 +22,7 @@ PIPELINE_FILES = ("README.md", "model_index.json", *(f"{part}/*" for part in PIP
 
 
 def copy_or_link(path: Path, copy: Path) -> None:
-    """Weights are replaced as files, never written into, so that a link keeps what they are now. Some disks have none."""
+    """A copy; of weights a link, where the disk has links: weight files are replaced, never written into."""
     if path.suffix == ".safetensors":
         try:
             os.link(path, copy)
@@ -36,17 +36,17 @@ def copy_or_link(path: Path, copy: Path) -> None:
 class HubUpload:
     """A repository on the Hub for the pipeline of a run.
 
-    Uploads go on beside the training, in order, from a snapshot of the files. One that fails is tried again, then
+    Uploads run beside the training, in order, from a snapshot of the files. One that fails is tried again, then
     reported; it never raises, and a Hub that does not answer stops nothing.
 
     Args:
         hub_model_id: the repository.
-        hub_token: opens it. None: that of `hf auth login`.
+        hub_token: access token. None: that of `hf auth login`.
         private: whether a new repository is private.
         first_delay: seconds before the second attempt of an upload; each later one waits four times as long.
 
     Raises:
-        ValueError: when made, before the training: the Hub refuses the repository or cannot be reached.
+        ValueError: on creation, before the training: the Hub refuses the repository or cannot be reached.
     """
 
     def __init__(

@@ -33,13 +33,13 @@ def cached_images(
     quiet: bool,
     cache_dir: str | None = None,
 ) -> Tensor | None:
-    """`decode_all` from a file in Hugging Face's cache, which is written where it is not there yet.
+    """The images as `decode_all` gives them, from a file in Hugging Face's cache; it is written if it is missing.
 
     The file is named after the data set's fingerprint, the column, the reader and the versions of the decoders. A process
     that comes while another decodes waits for its file. A data set that lies in memory alone is decoded each time.
 
     Returns:
-        (N, C, H, W) uint8, of which the system reads the pages that are used; None as of `decode_all`.
+        (N, C, H, W) uint8, of which the system reads the pages that are used; None where `decode_all` gives None.
     """
     shape = torch.Size((len(dataset), *reader.shape))
     if not dataset.cache_files or shape.numel() > budget_bytes:

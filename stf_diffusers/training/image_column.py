@@ -43,7 +43,7 @@ def may_hold_images(feature: Any) -> bool:
 
 
 def check_holds_images(dataset: datasets.Dataset | datasets.IterableDataset, column: str) -> None:
-    """Raise ValueError where a column holds something else."""
+    """Raise ValueError unless a column holds images."""
     feature = dataset.features[column]
     if not may_hold_images(feature):
         raise ValueError(
@@ -116,7 +116,7 @@ def to_image(value: Any, dtype: np.dtype[Any] | None = None) -> Image.Image | No
         dtype: dtype for pixels that are lists.
 
     Raises:
-        ValueError: no such pixels.
+        ValueError: values that are not such pixels.
     """
     if value is None:
         return None

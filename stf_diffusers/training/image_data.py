@@ -24,7 +24,7 @@ from .sources import IndexedImages
 
 
 class ImageColumn(IndexedImages):
-    """Images and labels of a data set by lists of indices, as a dictionary of columns.
+    """Images and labels of a data set, read by lists of indices, as a dictionary of columns.
 
     With `images` decoded beforehand (`decode_all`) reading is one gather; otherwise images are decoded as they are
     read, in the DataLoader's workers where there are any. Random crops are a function of `seed` and the list.

@@ -19,7 +19,7 @@ from .image_column import pixel_dtype, to_image
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Images to uint8 tensors (C, H, W): mode, then size, then crop, as Diffusers' scripts do.
+    """Turns images into uint8 tensors (C, H, W): mode, then size, then crop, as Diffusers' scripts do.
 
     Args:
         mode: "L", "RGB" or "RGBA".

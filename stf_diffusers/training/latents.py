@@ -102,7 +102,7 @@ def encode_all(
 ) -> LatentCache:
     """The latents of all images, from the file where it holds them, otherwise encoded into it once.
 
-    Of several processes one has to come first, within `accelerator.main_process_first()`; the others find its file.
+    With several processes one has to come first, within `accelerator.main_process_first()`; the others find its file.
 
     Args:
         images: (C, R, R) uint8, the same each time they are read.
@@ -136,15 +136,15 @@ def encode_all(
             different = [name for name in origin if cache.origin.get(name) != origin[name]]
             if not different:
                 return cache
-            logger.warning("%s was made of other: %s. The images are encoded anew.", path, ", ".join(different))
+            logger.warning("%s was made with different %s. The images are encoded anew.", path, ", ".join(different))
     vae.to(device)
     write_latents(images, vae, path, origin, mirrored, batch_size, quiet)
     return LatentCache.open(path)
 
 
 def digest_of_images(images: IndexedImages) -> str:
-    """What tells these images from others. Where they are decoded as they are read their own digest is of a few of them,
-    and their fingerprint stands for the others.
+    """Identifies these images. Where they are decoded as they are read, their own digest covers only a few of them, and
+    their fingerprint stands for the others.
     """
     return images.digest() if images.in_memory is not None else f"{images.digest()}/{images.fingerprint}"
 
@@ -348,7 +348,7 @@ def load_latents(
     Args:
         images: the images.
         vae: an autoencoder from `load_autoencoder`.
-        folder: where the file is kept. It is named by what is in it: a run that is refused later has replaced nothing.
+        folder: where the file is kept. It is named after its content: a run that is refused later has replaced nothing.
         sample: draw latents from their posteriors; otherwise their means are read.
         mirrored: whether training mirrors images.
         own: keep the autoencoder's own scale instead of normalising: for a network that was trained with it.

@@ -59,7 +59,7 @@ def network_config(name_or_path: str, cache_dir: str | None = None) -> dict[str,
     """The config of a network.
 
     Args:
-        name_or_path: a name in `PRESETS`, a JSON file, or a network of Diffusers, a folder or on the Hub.
+        name_or_path: a name in `PRESETS`, a JSON file, or a Diffusers network, in a folder or on the Hub.
         cache_dir: where downloads are kept.
 
     Raises:

@@ -25,7 +25,7 @@ class References:
         sampler: lists the images of each micro-batch, sources first; None where they come with the batch.
         bank: the bank, where there is one.
         shared: whether they are spread over the processes.
-        place: where a bank is kept, for people.
+        place: where a bank is kept, in words.
     """
 
     kind: Literal["none", "batch", "bank", "stream"]
@@ -98,7 +98,7 @@ def choose_references(
         reference_memory_gb: GiB for a bank that was not asked for.
         reference_device: where a bank is kept; "disk": in `bank_file`. None: on `device`.
         share_reference: spread the references over the processes.
-        augmentation: under which a bank is closed.
+        augmentation: augmentation under which a bank is closed.
         bank_file: file of a bank on disk.
         device: the device that trains.
         seed: random seed for the order of sources and the draws of references.

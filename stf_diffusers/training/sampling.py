@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..export import METADATA_KEY, network_of, sampling_labels
 
-# Beside many generated images: how they were made.
+# The file beside many generated images that says how they were made.
 SETTINGS = "settings.json"
 
 
@@ -43,7 +43,7 @@ def sample_images(
     batch_size: int,
     num_inference_steps: int,
 ) -> list[Image.Image]:
-    """The images of these numbers: each a function of the pipeline, its number's seed and its label alone.
+    """The images with these numbers, each a function of the pipeline, its number's seed and its label alone.
 
     Args:
         pipeline: as `diffusers_pipeline` makes it.

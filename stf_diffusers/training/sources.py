@@ -1,4 +1,4 @@
-"""What a training script knows of its images, of whatever kind: which they are, and the batches of sources from a position.
+"""What a training script knows of its images, whatever their kind: which they are, and batches from a position on.
 
 A new kind of data is one class: a `TrainingImages`, or an `IndexedImages` where any image can be read at any time.
 """
@@ -23,7 +23,7 @@ class TrainingImages(ABC):
     """The images of a training, or their latents, and what the rest of a script asks of them.
 
     Attributes:
-        labels: (N,) int64 classes on the CPU; None without classes, and where they come with the batches alone.
+        labels: (N,) int64 classes on the CPU; None without classes, or if they only come with the batches.
         num_classes: number of classes of a conditional training; None of an unconditional one.
         class_names: what the classes are called, by number; None where the data do not say.
     """
@@ -59,7 +59,7 @@ class TrainingImages(ABC):
 
     @abstractmethod
     def digest(self, at_most: int = 256) -> str:
-        """What tells these images and labels from others; of images that are not in memory, `at_most` of them tell."""
+        """Identifies these images and labels, by `at_most` of those that are not in memory."""
 
     @abstractmethod
     def manifest(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class IndexedImages(TrainingImages, Dataset):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """What tells all images from others without reading them, as far as it is known."""
+        """Identifies all images without reading them, as far as that is known."""
 
     def __str__(self) -> str:
         where = "made as they are read" if self.in_memory is None else "kept in memory"

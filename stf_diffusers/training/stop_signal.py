@@ -22,8 +22,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 and Ctrl-C (SIGINT) within a `with` block: SystemExit with `REQUEUE_EXIT_CODE` at once, or once
-    `defer` was called, an answer of `agreed`. A second Ctrl-C does not wait. Leaving the block by an error lets
+    """SIGTERM, SIGUSR1 and Ctrl-C (SIGINT) within a `with` block: they raise SystemExit with `REQUEUE_EXIT_CODE` at
+    once or, after `defer`, make `agreed` return True. A second Ctrl-C does not wait. Leaving the block by an error lets
     communication settle.
     """
 
@@ -77,7 +77,7 @@ def settle_communication() -> None:
 
 
 def stop_with_launcher() -> None:
-    """Have the end of an `accelerate launch` that has started this process alone ask it to stop, by SIGTERM.
+    """Ask this process to stop, by SIGTERM, when the `accelerate launch` that started it alone has ended.
 
     That launcher does not pass signals on: killed, it would leave the training behind. On Linux alone, where a process can
     ask for it (prctl's PR_SET_PDEATHSIG).

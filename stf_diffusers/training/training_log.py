@@ -39,7 +39,7 @@ NOISE_LEVELS = tuple(
 
 @contextmanager
 def tracker_may_fail() -> Iterator[None]:
-    """Around what is sent to a tracker: its failure is said, and the training goes on."""
+    """Around what is sent to a tracker: a failure is logged, and the training goes on."""
     try:
         yield
     # Trackers share no error of their own, and none is worth a training run.
@@ -92,7 +92,7 @@ class TrainingLog:
         self._recent: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     def waited(self, seconds: float) -> None:
-        """Time the step stood still for data."""
+        """Count seconds that the step waited for data."""
         self._wait += seconds
 
     @contextmanager
@@ -228,9 +228,9 @@ def _step_in(line: str) -> float:
 
 
 class TargetShare:
-    """Says once what part of a step the targets take, from the second to the fourth step.
+    """Logs once which share of a step the targets take, measured from the second to the fourth step.
 
-    Only there is the device waited for.
+    Only then does it wait for the device.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -58,7 +58,7 @@ def test_images_that_are_not_square(process, flags, tmp_path):
     [
         (
             [],
-            "the images are 8x12.* ConsistencyModelPipeline, which makes square images alone. Pass --noise_process vp",
+            "the images are 8x12.* ConsistencyModelPipeline, which only makes square images. Pass --noise_process vp",
         ),
         (["--noise_process", "vp", "--class_conditional"], "the images are 8x12.* without classes, or one side"),
         (["--noise_process", "vp", "--reorient", 0.5], "quarter turns need square images; got 8x12. Leave it out"),

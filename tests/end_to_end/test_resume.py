@@ -57,7 +57,7 @@ def test_what_may_change_on_resuming_is_said(flags, tmp_path, caplog):
     caplog.clear()
     train([*argv, "--resume_from_checkpoint", "latest", "--max_train_steps", 3, "--mixed_precision", "bf16"])
     assert "mixed_precision (no there, bf16 now)" in caplog.text and "dropout (0.1 there, 0.3 now)" in caplog.text
-    assert "steps_of_schedule (2 there, 3 now)" in caplog.text and "does not end like one" in caplog.text
+    assert "steps_of_schedule (2 there, 3 now)" in caplog.text and "will not end like" in caplog.text
     caplog.clear()
     before = weights(tmp_path / "run")
     again = ["--resume_from_checkpoint", "latest", "--mixed_precision", "bf16", "--lr_scheduler", "linear"]

@@ -71,7 +71,7 @@ def test_what_differs_is_refused_or_told(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"another run: seed \(0 there, 1 now\); new \(None there, 2 now\)\."):
         read_step(tmp_path, MANIFEST | {"run": MANIFEST["run"] | {"seed": 1, "new": 2}})
     assert read_step(tmp_path, MANIFEST | {"settings": {"tf32": True}}) == 7
-    assert "Unlike before: tf32 (False there, True now)" in caplog.text
+    assert "Changed since the checkpoint: tf32 (False there, True now)" in caplog.text
     (tmp_path / "training_state.json").write_text("{garb")
     with pytest.raises(ValueError, match="is damaged"):
         read_step(tmp_path, MANIFEST)

@@ -26,7 +26,7 @@ Args:
     extractor: name or folder of a vision model of transformers.
     reference, sampler, seeds: stamped on the result: which data and split, how the images were made, and their seeds.
     evaluations: number of network evaluations per image, if known.
-    device, batch_size: for the features.
+    device, batch_size: device and batch size for computing the features.
 Returns:
     frechet_distance, kernel_distance, kernel_distance_standard_error (over fresh predictions and data), precision, recall,
     copies (share of predictions three times closer to one datum than to any other, in pixels), measured (how, in one line),
