@@ -575,8 +575,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         # An impossible range, combination or number of steps fails now, not after the training.
-        sampler = diffusers_pipeline(network, process, vae=vae, **sampling_range).scheduler
-        sampler.set_timesteps(args.num_inference_steps)
+        timesteps = diffusers_pipeline(network, process, vae=vae, **sampling_range).scheduler.config[
+            "num_train_timesteps"
+        ]
+        if args.num_inference_steps > timesteps:
+            raise ValueError(
+                f"--num_inference_steps {args.num_inference_steps} is more than the {timesteps} timesteps of the process. Use "
+                "at most as many."
+            )
         sampling = {
             "seed": args.seed,
             "batch_size": args.eval_batch_size or args.train_batch_size,
