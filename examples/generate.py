@@ -26,12 +26,12 @@ from tqdm.auto import tqdm
 from stf_diffusers import STFPipeline
 from stf_diffusers.export import METADATA_KEY, network_of, sampling_labels
 from stf_diffusers.files import replacing
-from stf_diffusers.training.command_line import run
+from stf_diffusers.training.command_line import Parser, run
 from stf_diffusers.training.sampling import SETTINGS
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="A saved pipeline: a folder or a Hub repository.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the images.")
     parser.add_argument("--num_images", type=int, default=64, help="Number of images.")

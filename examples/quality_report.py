@@ -28,7 +28,7 @@ from torch import Tensor
 from stf_diffusers.feature_extractors import FeatureExtractor, inception_features, transformers_features
 from stf_diffusers.metrics import NearestNeighbors, nearest_neighbors
 from stf_diffusers.quality import sample_quality
-from stf_diffusers.training.command_line import errors_in_flags, run
+from stf_diffusers.training.command_line import Parser, errors_in_flags, run
 from stf_diffusers.training.data_set import load_split
 from stf_diffusers.training.evaluation import SMALLEST, data_features, gathered
 from stf_diffusers.training.image_data import ImageColumn, open_images
@@ -37,7 +37,7 @@ from stf_diffusers.training.stop_signal import settle_communication
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, required=True, help="Output of generate.py, or a folder of images.")
     parser.add_argument("--extractor", help="Vision model of transformers: a folder or a Hub repository.")
     parser.add_argument(

@@ -17,11 +17,11 @@ from diffusers import DiffusionPipeline
 
 from stf_diffusers.export import network_of, save_pipeline
 from stf_diffusers.training.averages import reconstruct, snapshots_of
-from stf_diffusers.training.command_line import errors_in_flags, run
+from stf_diffusers.training.command_line import Parser, errors_in_flags, run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="The output_dir of a training with --post_hoc_ema.")
     parser.add_argument("--sigma_rel", type=float, required=True, help="Relative width, above 0 and below 0.288.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the pipeline.")

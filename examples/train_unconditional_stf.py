@@ -38,7 +38,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from stf_diffusers.noise import NOISE_PROCESSES
-from stf_diffusers.training.command_line import errors_in_flags, run
+from stf_diffusers.training.command_line import Parser, errors_in_flags, run
 from stf_diffusers.training.presets import PRESETS
 
 # As a script this module is "__main__".
@@ -137,7 +137,7 @@ def process_flags() -> dict[str, dict[str, Any]]:
 
 # fmt: off
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@"
     )
     parser.convert_arg_line_to_args = lambda arg_line: shlex.split(arg_line, comments=True)  # type: ignore[method-assign]

@@ -29,7 +29,7 @@ from stf_diffusers import ReferenceBank, __version__, target_variance
 from stf_diffusers.diagnostics import TargetVariance
 from stf_diffusers.files import replacing
 from stf_diffusers.noise import NOISE_PROCESSES, NoiseProcess
-from stf_diffusers.training.command_line import errors_in_flags, run
+from stf_diffusers.training.command_line import Parser, errors_in_flags, run
 from stf_diffusers.training.data_set import find_image_column, find_label_column, load_split, read_labels
 from stf_diffusers.training.image_column import with_images, without_corrupt
 from stf_diffusers.training.image_reader import decode_all, make_reader
@@ -37,7 +37,7 @@ from stf_diffusers.variance_report import MeasuredData, advise, draw, report_pag
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--dataset_name",
         help="A data set on the Hub, a local folder or a file, as for the training script. Default, without "

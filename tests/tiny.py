@@ -91,7 +91,7 @@ def mistake(argv: Sequence[object], capsys: pytest.CaptureFixture[str]) -> str:
         GradientState._reset_state()
     said = capsys.readouterr().err
     assert end.value.code == 2 and "Traceback" not in said, said
-    # Before it there may be progress bars, and of argparse every flag there is.
+    # Before it there may be progress bars.
     return said.strip().splitlines()[-1]
 
 

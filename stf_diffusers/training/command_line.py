@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dis
 import os
 import re
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # What this package raises to tell its user something.
 KINDS = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, ImportError)
@@ -17,6 +18,13 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 # A user's mistake; a run that could not go on, which says why; Ctrl-C, as shells report it.
 MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage, which lists every flag: `--help` does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, f"{Path(self.prog).stem}: error: {message}\n")
 
 
 def run(main: Callable[..., None], *arguments: Any) -> None:
@@ -83,10 +91,11 @@ def in_flags(
     names = "|".join(map(re.escape, {**dict.fromkeys(aliases), **dict.fromkeys(parser_names)}))
 
     def flag(match: re.Match[str]) -> str:
-        value = (match[2] or "").strip("'\"")
-        if match[1] in printed and value and "'" not in match[2]:
+        given = match[2] or ""
+        value = given[1:-1].replace(",", "") if given.startswith("(") else given.strip("'\"")
+        if match[1] in printed and value and "'" not in given:
             return match[0]
         # A flag that is on or off has no value on the command line.
         return f"--{aliases.get(match[1], match[1])}" + (f" {value}" if value not in ("", "True") else "")
 
-    return re.sub(rf"(?<![\w/-])({names})=('[^']*'|\"[^\"]*\"|[\w./+-]*\w)?", flag, message)
+    return re.sub(rf"(?<![\w/-])({names})=(\([^)]*\)|'[^']*'|\"[^\"]*\"|[\w./+-]*\w)?", flag, message)

@@ -72,7 +72,7 @@ def check_number_of_processes(running: int, environment: Mapping[str, str] = os.
         environment: what the launcher has set.
     """
     cure = (
-        "On CPUs set ACCELERATE_USE_CPU=true and pass --multi_gpu --num_processes N to `accelerate launch`, or use "
+        "On CPUs set ACCELERATE_USE_CPU=true, and launch with `accelerate launch --multi_gpu --num_processes N` or "
         "`torchrun --nproc_per_node N`; on GPUs pass no more processes than there are GPUs."
     )
     announced = int(environment.get("WORLD_SIZE", "1"))

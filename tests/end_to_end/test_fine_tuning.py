@@ -47,7 +47,7 @@ def test_a_latent_model_keeps_its_scale(flags, tune, tmp_path):
     z = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     scales = [part.config.scaling_factor for part in (before, after)]
     torch.testing.assert_close(before.decode(z / scales[0]).sample, after.decode(z / scales[1]).sample)
-    with pytest.raises(ValueError, match=r"knows the latents of its own .* Pass --vae"):
+    with pytest.raises(ValueError, match=r"is not the autoencoder of the pretrained pipeline.* Pass --vae"):
         tune("--vae", tmp_path / "vae", "--overwrite_output_dir")
 
 

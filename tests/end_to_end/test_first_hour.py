@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -84,13 +83,17 @@ def test_ctrl_c_saves_what_can_be_sampled_and_continued(flags, tmp_path):
 
 def test_any_checkpoint_becomes_a_pipeline(flags, tmp_path):
     """The command of the docs: resume with no step left to do."""
-    train(flags("--max_train_steps", 3, "--checkpointing_steps", 1))
-    (tmp_path / "other").mkdir()
-    shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "other" / "checkpoint-3")
-    other = ["--output_dir", tmp_path / "other", "--resume_from_checkpoint", "latest"]
-    train(flags("--checkpointing_steps", 1, *other, "--max_train_steps", 1))
+    constant = ["--checkpointing_steps", 1, "--lr_scheduler", "constant"]
+    train(flags(*constant, "--max_train_steps", 3))
+    train(flags(*constant, "--max_train_steps", 2, "--output_dir", tmp_path / "two"))
+    older = ["--resume_from_checkpoint", tmp_path / "run" / "checkpoint-2", "--output_dir", tmp_path / "elsewhere"]
+    train(flags(*constant, "--max_train_steps", 1, *older))
     for name in ("unet", "unet_raw"):
-        assert same(weights(tmp_path / "run", name), weights(tmp_path / "other", name))
+        assert same(weights(tmp_path / "two", name), weights(tmp_path / "elsewhere", name))
+    before = weights(tmp_path / "run")
+    (tmp_path / "run" / "model_index.json").unlink()
+    train(flags(*constant, "--max_train_steps", 1, "--resume_from_checkpoint", "latest"))
+    assert same(weights(tmp_path / "run"), before)
 
 
 def test_a_second_ctrl_c_stops_at_once(flags, tmp_path):

@@ -97,7 +97,7 @@ WRONG = {
     ),
     "classes of latents in a unet": (["--vae", "{vae}", "--class_conditional"], "Use a DiTTransformer2DModel"),
     "transformer of pixels": (["--model_config", "{dit}", "--noise_process", "vp"], "pass --vae"),
-    "transformer on edm": (["--model_config", "{dit}", "--vae", "{vae}"], "--noise_process vp or flow"),
+    "transformer on edm": (["--model_config", "{dit}", "--vae", "{vae}"], "--noise_process vp or --noise_process flow"),
     "transformer turned": (["--model_config", "{dit}", "--reorient", 0.5], "needs a UNet2DModel"),
     "logit of uniform times": (["--noise_process", "flow", "--logit_mean", 1], "needs --time_distribution"),
     "times of another process": (["--time_distribution", "uniform"], "not a parameter of --noise_process edm"),

@@ -37,7 +37,11 @@ def test_train_save_load_sample(process, objective, accumulation, precision, fla
     assert state["last_epoch"] == 2, "the schedule counts optimizer steps, not micro-batches"
     assert not same(weights(run), weights(run, "unet_raw"))
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in weights(run).values())
-    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-0000001.png", "step-0000002.png"]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [
+        "noise_levels.png",
+        "step-0000001.png",
+        "step-0000002.png",
+    ]
     assert not list(run.glob(".*")), "nothing that was being written is left"
     said = metadata(run)
     assert said["process"]["name"] == process

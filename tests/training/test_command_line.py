@@ -79,6 +79,7 @@ except SystemExit as end:
         argv = json.dumps([str(TRAINER), flag])
         done = subprocess.run([sys.executable, "-c", program, argv], cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == f"{code} []"
+        assert len(done.stderr.splitlines()) == (code == 2), done.stderr
 
 
 # Every flag of train_unconditional.py in Diffusers 0.42, with a value that it takes.
@@ -119,6 +120,8 @@ def test_learning_rate_schedules_are_those_of_diffusers():
     [
         ("Pass image_mode='RGBA' to keep it.", "Pass --image_mode RGBA to keep it."),
         ("pass resolution=.", "pass --resolution."),
+        ("resolution=(8, 8, 8): pass one", "--resolution 8 8 8: pass one"),
+        ("/data/seed=3/x cannot be read", "/data/seed=3/x cannot be read"),
         ("Lower batch_size= or num_workers=;", "Lower --train_batch_size or --dataloader_num_workers;"),
         ("class_conditional=True: no labels", "--class_conditional: no labels"),
         ("levels of VE(sigma_min=0.02, sigma_max=100.0)", "levels of VE(sigma_min=0.02, sigma_max=100.0)"),

@@ -90,7 +90,7 @@ def test_the_file_is_found_again_or_made_anew(tmp_path, caplog):
         assert len(messages) == anew and all("The images are encoded anew" in message for message in messages)
         again = cache.mean.clone()
         assert torch.equal(again, torch.cat([encode(vae, part)[0] for part in images.images.split(7)]))
-        return messages[0].split("other: ")[1].split(".")[0] if anew else ""
+        return messages[0].split("different ")[1].split(".")[0] if anew else ""
 
     encoded(images, vae, path)
     assert not caplog.records

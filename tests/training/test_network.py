@@ -74,7 +74,7 @@ def test_a_transformer_does_not_drop_labels_by_itself(config):
         (TINY | {"time_embedding_type": "fourier"}, (3, 8, 8), "use 'positional'"),
         (TINY_TRANSFORMER, (4, 5, 5), "patch_size 2"),
         ({"_class_name": "AutoencoderKL"}, (3, 8, 8), "must be the config of a UNet2DModel or a DiTTransformer2DModel"),
-        ([], (3, 8, 8), "must be the config of a UNet2DModel"),
+        ([], (3, 8, 8), "it holds a list, not an object"),
     ],
 )
 def test_configs_that_do_not_fit(content, shape, message, config):

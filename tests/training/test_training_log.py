@@ -20,7 +20,7 @@ def test_means_are_of_what_was_added_since_the_last_flush():
     batch = STFTrainingObjective(VE()).perturb(clean, reference=None, t=torch.tensor([0.05, 0.5, 0.5, 50.0]))
     for losses, mean in (([1.0, 2.0, 6.0], 3.0), ([5.0], 5.0)):
         for loss in losses:
-            log.add(torch.tensor(loss), batch, clean, 1, torch.arange(4))
+            log.add(torch.tensor(loss), batch.target + loss**0.5, batch, clean, 1, torch.arange(4))
         found = log.flush()
         assert found["loss"] == pytest.approx(mean)
         sizes = {name for name in found if name.startswith("effective_sample_size/")}
@@ -31,9 +31,9 @@ def test_means_are_of_what_was_added_since_the_last_flush():
 def test_a_loss_that_is_not_finite_names_its_step_and_images():
     log, clean = TrainingLog(Accelerator(cpu=True)), images(2, 1, 2, 2)
     batch = STFTrainingObjective(VE()).perturb(clean, reference=None, t=torch.tensor([0.25, 4.0]))
-    log.add(torch.tensor(1.0), batch, clean, 6, torch.tensor([3, 5]))
-    log.add(torch.tensor(torch.nan), batch, clean, 7, torch.tensor([8, 9]))
-    log.add(torch.tensor(1.0), batch, clean, 8, torch.tensor([1, 2]))
+    log.add(torch.tensor(1.0), batch.target, batch, clean, 6, torch.tensor([3, 5]))
+    log.add(torch.tensor(torch.nan), batch.target, batch, clean, 7, torch.tensor([8, 9]))
+    log.add(torch.tensor(1.0), batch.target, batch, clean, 8, torch.tensor([1, 2]))
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 7.*8 \(sigma 0\.25\), 9 \(sigma 4\)"):
         log.flush()
 
@@ -77,7 +77,7 @@ def test_variance_removed_is_that_of_the_report():
         for _ in range(10):
             reference = data[torch.randperm(len(data), generator=draws)[:n]]
             batch = objective.perturb(reference, reference=reference, t=torch.full((n,), level), generator=draws)
-            log.add(torch.zeros(()), batch, reference, 1, torch.arange(n))
+            log.add(torch.zeros(()), batch.target, batch, reference, 1, torch.arange(n))
         values.append(log.flush()["variance_removed/sigma_1_to_10"])
     error = (np.var(values) / len(values) + (row.dsm.standard_error / 4) ** 2) ** 0.5
     assert abs(np.mean(values) - expected) < 4 * error and error < 0.03 * expected
