@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage, which lists every flag: `--help` does."""
 
     def error(self, message: str) -> NoReturn:
+        """End the program with this message and exit code 2."""
         self.exit(MISTAKE, f"{Path(self.prog).stem}: error: {message}\n")
 
 
