@@ -102,7 +102,7 @@ def _check_columns(stored: RowReader) -> None:
     wrong = (~norms.isfinite()).nonzero().flatten()
     if len(wrong):
         raise ValueError(f"norms of images {wrong[:8].tolist()} are not finite")
-    for row in torch.linspace(0, total - 1, min(total, 16)).long().tolist():
+    for row in torch.linspace(0, total - 1, min(total, 16), device="cpu").long().tolist():
         expected = reference_norms(images[row : row + 1])[0]
         if not torch.isclose(norms[row], expected, rtol=1e-9, atol=0):
             raise ValueError(f"norm {row} is not that of the image")
@@ -110,7 +110,8 @@ def _check_columns(stored: RowReader) -> None:
         labels = stored.mapped("labels")
         if labels[0] < 0 or bool((labels.diff() < 0).any()):
             raise ValueError("its labels are not sorted classes from 0 on")
-    if "order" in stored.names and not torch.equal(stored.mapped("order").sort().values, torch.arange(total)):
+    positions = torch.arange(total, device="cpu")
+    if "order" in stored.names and not torch.equal(stored.mapped("order").sort().values, positions):
         raise ValueError("its order is not a permutation of the images")
 
 
@@ -128,7 +129,7 @@ def compare_bank(path: Path, images: DatasetImages, fingerprint: str, quiet: boo
             other.format(f"it holds {rows.dtype} {tuple(rows.shape)}, expected {images.dtype} {tuple(images.shape)}")
         )
     if stored.metadata.get("fingerprint") == fingerprint:
-        for row in torch.linspace(0, len(images) - 1, min(len(images), 16)).long().tolist():
+        for row in torch.linspace(0, len(images) - 1, min(len(images), 16), device="cpu").long().tolist():
             if not torch.equal(rows[row : row + 1][0], images[row]):
                 raise ValueError(other.format(f"image {images.position(row)} differs"))
         return

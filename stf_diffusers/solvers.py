@@ -41,7 +41,7 @@ def check_noise_levels(num_steps: int, low: float, high: float) -> None:
 
 def _ramp(num_steps: int) -> Tensor:
     # i / (N - 1); a single step starts at the top.
-    return torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+    return torch.arange(num_steps, dtype=torch.float64, device="cpu") / max(num_steps - 1, 1)
 
 
 def _then_zero(times: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ def sample_rk45(
 
 
 def _level(theta: float) -> Tensor:
-    return torch.tensor(math.tan(theta), dtype=torch.float64)
+    return torch.tensor(math.tan(theta), dtype=torch.float64, device="cpu")
 
 
 def _rk45(

@@ -80,4 +80,4 @@ def trained_betas(sigmas: torch.Tensor) -> list[float]:
     """
     # log1p and expm1: as a difference of products of numbers near 1 the smallest betas would keep few digits.
     log_signal = -torch.log1p(sigmas.to(torch.float64) ** 2)
-    return (-torch.expm1(torch.diff(log_signal, prepend=torch.zeros(1, dtype=torch.float64)))).tolist()
+    return (-torch.expm1(torch.diff(log_signal, prepend=log_signal.new_zeros(1)))).tolist()
