@@ -180,6 +180,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
                 from 0 to 1, as `EDMEulerScheduler` takes.)
 
         Raises:
+            TypeError: a number of steps that is not an integer.
             ValueError: less than one step, levels that do not fall to 0, or both arguments.
         """
         if sigmas is not None and num_inference_steps is not None:

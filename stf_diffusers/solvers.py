@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -30,13 +30,13 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
 
 
 def check_noise_levels(num_steps: int, low: float, high: float) -> None:
-    """Raise ValueError unless there is a step, and 0 < low < high < infinity."""
+    """Raise TypeError or ValueError unless there is a whole number of steps, and 0 < low < high < infinity."""
+    if not isinstance(num_steps, SupportsIndex):
+        raise TypeError(f"the number of steps must be an integer; got {num_steps!r}.")
     if num_steps < 1:
         raise ValueError(f"at least one step is needed; got {num_steps}.")
     if not 0 < low < high < math.inf:
-        raise ValueError(
-            f"the least noise must be positive and below the largest, which is finite; got {low} and {high}."
-        )
+        raise ValueError(f"the least noise must be positive and below the largest, and finite; got {low} and {high}.")
 
 
 def _ramp(num_steps: int) -> Tensor:
