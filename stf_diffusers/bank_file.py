@@ -87,7 +87,8 @@ def read_bank(path: Path, fingerprint: str | None = None) -> RowReader:
 def _check_columns(stored: RowReader) -> None:
     """Raise ValueError unless the tensors of a bank fit each other.
 
-    Norms are compared with those of 16 images: reading all of a file that is larger than memory would take hours.
+    Norms are checked for values that no image has, and compared with those of 16 images: reading all of a file that is
+    larger than memory would take hours.
     """
     images = stored.rows("images")
     if not images.shape or not images.shape.numel() or images.dtype == torch.int64:
@@ -102,7 +103,12 @@ def _check_columns(stored: RowReader) -> None:
     wrong = (~norms.isfinite()).nonzero().flatten()
     if len(wrong):
         raise ValueError(f"norms of images {wrong[:8].tolist()} are not finite")
-    for row in torch.linspace(0, total - 1, min(total, 16)).long().tolist():
+    wrong = (~_possible(norms, images.dtype, images.shape[1:].numel())).nonzero().flatten()
+    if len(wrong):
+        raise ValueError(
+            f"norms of images {wrong[:8].tolist()} are none of {images.dtype} images {tuple(images.shape[1:])}"
+        )
+    for row in torch.linspace(0, total - 1, min(total, 16), device="cpu").long().tolist():
         expected = reference_norms(images[row : row + 1])[0]
         if not torch.isclose(norms[row], expected, rtol=1e-9, atol=0):
             raise ValueError(f"norm {row} is not that of the image")
@@ -110,8 +116,19 @@ def _check_columns(stored: RowReader) -> None:
         labels = stored.mapped("labels")
         if labels[0] < 0 or bool((labels.diff() < 0).any()):
             raise ValueError("its labels are not sorted classes from 0 on")
-    if "order" in stored.names and not torch.equal(stored.mapped("order").sort().values, torch.arange(total)):
+    positions = torch.arange(total, device="cpu")
+    if "order" in stored.names and not torch.equal(stored.mapped("order").sort().values, positions):
         raise ValueError("its order is not a permutation of the images")
+
+
+def _possible(norms: Tensor, dtype: torch.dtype, values: int) -> Tensor:
+    """Which of the `reference_norms` (N,) some image of this dtype, of so many values, can have."""
+    if dtype == torch.uint8:
+        # Sums of v (v + 1), an even number, for levels v from -128 to 127.
+        return (norms >= 0) & (norms <= values * 127 * 128) & (norms % 2 == 0)
+    largest = torch.finfo(dtype).max
+    # A sum of squares is rounded.
+    return (norms >= 0) & (norms <= values * (largest * largest) * (1 + 1e-9))
 
 
 def compare_bank(path: Path, images: DatasetImages, fingerprint: str, quiet: bool) -> None:
@@ -128,7 +145,7 @@ def compare_bank(path: Path, images: DatasetImages, fingerprint: str, quiet: boo
             other.format(f"it holds {rows.dtype} {tuple(rows.shape)}, expected {images.dtype} {tuple(images.shape)}")
         )
     if stored.metadata.get("fingerprint") == fingerprint:
-        for row in torch.linspace(0, len(images) - 1, min(len(images), 16)).long().tolist():
+        for row in torch.linspace(0, len(images) - 1, min(len(images), 16), device="cpu").long().tolist():
             if not torch.equal(rows[row : row + 1][0], images[row]):
                 raise ValueError(other.format(f"image {images.position(row)} differs"))
         return

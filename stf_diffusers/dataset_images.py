@@ -56,7 +56,7 @@ class DatasetImages:
         self.labels: Tensor | None = None
         self.order: Tensor | None = None
         if label_key is not None:
-            labels = checked_labels(torch.tensor(list(dataset[label_key])), len(dataset))
+            labels = checked_labels(torch.tensor(list(dataset[label_key]), device="cpu"), len(dataset))
             self.labels, self.order = labels.sort(stable=True)
         first = self[0]
         self.shape, self.dtype = torch.Size((len(dataset), *first.shape)), first.dtype
@@ -94,7 +94,7 @@ class DatasetImages:
 
     def whole(self, quiet: bool) -> Tensor:
         """All images (N, ...) in order."""
-        images = torch.empty(self.shape, dtype=self.dtype)
+        images = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         for rows, chunk in zip(images.split(_CHUNK), self.chunks(quiet), strict=True):
             rows.copy_(chunk)
         return images

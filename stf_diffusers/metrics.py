@@ -132,9 +132,13 @@ def kernel_distance(
         raise ValueError(
             f"subset_size must be at least 4 and num_subsets at least 2; got {subset_size} and {num_subsets}."
         )
+    drawn_on = "cpu" if generator is None else generator.device
     values, components = [], []
     for _ in range(num_subsets):
-        x, y = (part[torch.randperm(len(part), generator=generator)[:size].to(part.device)] for part in (left, right))
+        x, y = (
+            part[torch.randperm(len(part), generator=generator, device=drawn_on)[:size].to(part.device)]
+            for part in (left, right)
+        )
         kernels = _cubic(x, x), _cubic(y, y), _cubic(x, y)
         within = sum((kernel.sum() - kernel.diagonal().sum()) / (size * (size - 1)) for kernel in kernels[:2])
         values.append(within - 2 * kernels[2].mean())

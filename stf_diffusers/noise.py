@@ -220,7 +220,9 @@ class VE(NoiseProcess):
         return 999 * (t / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
 
     def integer_times(self) -> Tensor:
-        return torch.logspace(math.log10(self.sigma_min), math.log10(self.sigma_max), 1000, dtype=torch.float64)
+        return torch.logspace(
+            math.log10(self.sigma_min), math.log10(self.sigma_max), 1000, dtype=torch.float64, device="cpu"
+        )
 
     def sampling_range(self) -> tuple[float, float]:
         return self.sigma_min, self.sigma_max
@@ -282,10 +284,10 @@ class VP(NoiseProcess):
         return 1000 * t - 1
 
     def integer_times(self) -> Tensor:
-        return torch.arange(1, 1001, dtype=torch.float64) / 1000
+        return torch.arange(1, 1001, dtype=torch.float64, device="cpu") / 1000
 
     def sampling_range(self) -> tuple[float, float]:
-        t = torch.tensor([_VP_FIRST_TIME, self.last_time], dtype=torch.float64)
+        t = torch.tensor([_VP_FIRST_TIME, self.last_time], dtype=torch.float64, device="cpu")
         low, high = (self.sigma(t) / self.alpha(t)).tolist()
         return low, high
 

@@ -119,7 +119,7 @@ def plot_remaining_share(rows: Sequence[TargetVariance], *, training_levels: Ten
     above.text(levels[-1], 1.02, "DSM", color="tab:red", horizontalalignment="right")
     above.set(ylabel="variance that is left", ylim=(0, 1.6))
     if training_levels is not None:
-        edges = torch.logspace(math.log10(levels[0]), math.log10(levels[-1]), 41)
+        edges = torch.logspace(math.log10(levels[0]), math.log10(levels[-1]), 41, device="cpu")
         shares = torch.histogram(training_levels.cpu().float(), edges).hist / len(training_levels)
         behind = above.twinx()
         behind.bar(

@@ -110,7 +110,7 @@ def sample_quality(
     distance = frechet_distance(FeatureStatistics.of(samples), data_statistics or FeatureStatistics.of(data))
     kernel = kernel_distance(samples, data, generator=generator)
     # Recall depends on the two numbers, and precision on the density of the data: as many of both.
-    chosen = data[torch.randperm(len(data), generator=generator)[: len(samples)]]
+    chosen = data[torch.randperm(len(data), generator=generator, device=generator.device)[: len(samples)]]
     shares = precision_recall(samples, chosen)
     return SampleQuality(
         distance, kernel, *shares, len(samples), len(data), extractor, reference, sampler, evaluations, seeds, data.shape[1]

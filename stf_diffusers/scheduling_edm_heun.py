@@ -30,7 +30,7 @@ def _precision(device: torch.device | str | None) -> torch.dtype:
 
 def _float64(sigma: float | Tensor) -> Tensor:
     # torch would make a number float32.
-    return sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64)
+    return sigma if isinstance(sigma, Tensor) else torch.tensor(sigma, dtype=torch.float64, device="cpu")
 
 
 def _falling(sigmas: Sequence[float] | Tensor) -> list[float]:
@@ -121,7 +121,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             self.register_to_config(s_max=None)  # JSON has no infinity
         self.churn = Churn(s_churn, s_min, math.inf if s_max is None else s_max, s_noise)
         # Until set_timesteps is called: the noise levels of training, as Diffusers' EDM schedulers have them.
-        self.sigmas = torch.cat([self._noise_levels(num_train_timesteps + 1), torch.zeros(1, dtype=torch.float64)])
+        levels = self._noise_levels(num_train_timesteps + 1)
+        self.sigmas = torch.cat([levels, levels.new_zeros(1)])
         self.timesteps = self.precondition_noise(self.sigmas[:-1]).to(torch.float32)
         self.num_inference_steps: int | None = None
         self._begin_index: int | None = None
@@ -134,7 +135,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
             return karras_sigmas(num_steps, config.sigma_min, config.sigma_max, config.rho)
         # The limit of Karras et al.'s eq. 5 for large rho.
         ends = math.log(config.sigma_max), math.log(config.sigma_min)
-        return torch.linspace(*ends, num_steps, dtype=torch.float64).exp()
+        return torch.linspace(*ends, num_steps, dtype=torch.float64, device="cpu").exp()
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -179,6 +180,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
                 from 0 to 1, as `EDMEulerScheduler` takes.)
 
         Raises:
+            TypeError: a number of steps that is not an integer.
             ValueError: less than one step, levels that do not fall to 0, or both arguments.
         """
         if sigmas is not None and num_inference_steps is not None:
@@ -195,8 +197,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         # The level before churn is where the step before is corrected; before the first step there is none.
         self._levels = evaluations[1:]
         self._fold = math.hypot(1.0, self._added_noise(levels[0], self._levels[0]) / levels[0])
-        self.sigmas = torch.tensor([levels[0], *self._levels[1:], 0.0], dtype=torch.float64)
-        self.timesteps = self.precondition_noise(torch.tensor(self._levels, dtype=torch.float64))
+        self.sigmas = torch.tensor([levels[0], *self._levels[1:], 0.0], dtype=torch.float64, device="cpu")
+        self.timesteps = self.precondition_noise(torch.tensor(self._levels, dtype=torch.float64, device="cpu"))
         self.timesteps = self.timesteps.to(device=device, dtype=torch.float32)
         self.num_inference_steps = num_inference_steps
         self._begin_index = self._step_index = None
@@ -243,9 +245,9 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: an index, or a timestep that is not one of them.
         """
-        timestep = torch.as_tensor(timestep)
-        _check_no_index(timestep)
         schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        timestep = torch.as_tensor(timestep, device=schedule.device)
+        _check_no_index(timestep)
         found = (schedule == timestep.to(schedule)).nonzero().flatten().tolist()
         if not found:
             raise ValueError(f"timestep {timestep.item():.6g} is not one of scheduler.timesteps.")

@@ -52,7 +52,7 @@ def sample_ancestral(
     """
     check_generators(generator, len(latents))
     process = process or VP()
-    t = torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
+    t = torch.arange(1, num_steps + 1, dtype=torch.float64, device="cpu") / num_steps
     betas = trained_betas(process.sigma(t) / process.alpha(t))
     scheduler = DDPMScheduler(
         num_steps, trained_betas=betas, clip_sample=False, prediction_type="sample", variance_type="fixed_large"

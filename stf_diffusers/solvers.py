@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -30,18 +30,18 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
 
 
 def check_noise_levels(num_steps: int, low: float, high: float) -> None:
-    """Raise ValueError unless there is a step, and 0 < low < high < infinity."""
+    """Raise TypeError or ValueError unless there is a whole number of steps, and 0 < low < high < infinity."""
+    if not isinstance(num_steps, SupportsIndex):
+        raise TypeError(f"the number of steps must be an integer; got {num_steps!r}.")
     if num_steps < 1:
         raise ValueError(f"at least one step is needed; got {num_steps}.")
     if not 0 < low < high < math.inf:
-        raise ValueError(
-            f"the least noise must be positive and below the largest, which is finite; got {low} and {high}."
-        )
+        raise ValueError(f"the least noise must be positive and below the largest, and finite; got {low} and {high}.")
 
 
 def _ramp(num_steps: int) -> Tensor:
     # i / (N - 1); a single step starts at the top.
-    return torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+    return torch.arange(num_steps, dtype=torch.float64, device="cpu") / max(num_steps - 1, 1)
 
 
 def _then_zero(times: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ def sample_rk45(
 
 
 def _level(theta: float) -> Tensor:
-    return torch.tensor(math.tan(theta), dtype=torch.float64)
+    return torch.tensor(math.tan(theta), dtype=torch.float64, device="cpu")
 
 
 def _rk45(

@@ -43,9 +43,15 @@ def process_of_scheduler(scheduler: Any) -> NoiseProcess:
     can take a `DDPMScheduler`'s place mean that one's process.
 
     Raises:
-        ValueError: it means none of these.
+        ValueError: it means none of these, or a network that returns variances too.
     """
     config, name = scheduler.config, type(scheduler).__name__
+    if (variance := config.get("variance_type")) in ("learned", "learned_range"):
+        raise ValueError(
+            f"this {name} with variance_type {variance!r} samples a network only if it predicts variances too, which is not "
+            "trained here. Choose another pipeline. If its network returns as many channels as it takes, set variance_type to "
+            "'fixed_small' in its scheduler_config.json."
+        )
     flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler)
     predicted = config.get("prediction_type", "flow_prediction" if flow else "epsilon")
     if flow or config.get("use_flow_sigmas"):
@@ -80,4 +86,4 @@ def trained_betas(sigmas: torch.Tensor) -> list[float]:
     """
     # log1p and expm1: as a difference of products of numbers near 1 the smallest betas would keep few digits.
     log_signal = -torch.log1p(sigmas.to(torch.float64) ** 2)
-    return (-torch.expm1(torch.diff(log_signal, prepend=torch.zeros(1, dtype=torch.float64)))).tolist()
+    return (-torch.expm1(torch.diff(log_signal, prepend=log_signal.new_zeros(1)))).tolist()

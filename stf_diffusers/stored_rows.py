@@ -220,14 +220,14 @@ class FileRows:
 
     def __getitem__(self, rows: slice) -> Tensor:
         start, stop, _ = rows.indices(self.shape[0])
-        tensor = torch.empty((max(stop - start, 0), *self.shape[1:]), dtype=self.dtype)
+        tensor = torch.empty((max(stop - start, 0), *self.shape[1:]), dtype=self.dtype, device="cpu")
         self.file.read_into(raw_bytes(tensor), self.offset + start * self._row_bytes)
         return tensor
 
     def mapped(self) -> Tensor:
         """As `RowReader.mapped`."""
         if not self.shape.numel():
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         values = torch.frombuffer(self.file.mapped(), dtype=self.dtype, count=self.shape.numel(), offset=self.offset)
         return values.view(self.shape)
 

@@ -150,6 +150,10 @@ CONTRADICTORY = {
     "labels for order": (lambda t: t.update(labels=t["order"], order=t["labels"]), "its labels are not sorted"),
     "norms that are NaN": (changed("norms", 3, torch.nan), "norms of images [3] are not finite"),
     "infinite norms": (changed("norms", 3, torch.inf), "norms of images [3] are not finite"),
+    "a negative norm": (changed("norms", 3, -2.0), "norms of images [3] are none of torch.uint8 images (2, 5, 6)"),
+    "a norm too large": (changed("norms", 3, 60 * 127 * 128 + 2.0), "norms of images [3] are none of torch.uint8"),
+    "an odd norm": (changed("norms", 3, 4001.0), "norms of images [3] are none of torch.uint8"),
+    "a fractional norm": (changed("norms", 3, 4000.5), "norms of images [3] are none of torch.uint8"),
     "norms of other images": (lambda t: t.update(norms=t["norms"].roll(1)), "is not that of the image"),
     "images of other norms": (lambda t: t.update(images=t["images"].roll(1, 0)), "is not that of the image"),
 }
@@ -166,6 +170,31 @@ def test_a_bank_that_contradicts_itself_is_refused(case, tmp_path):
     with pytest.raises(ValueError, match=message if case == "no norms" else re.escape(message)) as caught:
         ReferenceBank.open(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0, 127, 128, 255])
+def test_extreme_pixels_have_possible_norms(value, tmp_path):
+    ReferenceBank(torch.full((30, 1, 3, 3), value, dtype=torch.uint8)).save(tmp_path / "bank.safetensors")
+    assert len(ReferenceBank.open(tmp_path / "bank.safetensors")) == 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_norms_that_no_floating_point_image_has(dtype, tmp_path):
+    path, images = tmp_path / "bank.safetensors", exact(pixels()).to(dtype)
+    images[5] = torch.finfo(dtype).max if dtype != torch.float64 else 1e150
+    norms = reference_norms(images)
+    save_file({"images": images, "norms": norms}, path, {"fingerprint": "abc"})
+    ReferenceBank.open(path)
+    for wrong in (-1e-300, norms[5] * 1.1) if dtype != torch.float64 else (-1e-300,):
+        save_file({"images": images, "norms": changed_norm(norms, wrong)}, path, {"fingerprint": "abc"})
+        with pytest.raises(ValueError, match=rf"norms of images \[3\] are none of {dtype} images"):
+            ReferenceBank.open(path)
+
+
+def changed_norm(norms, value):
+    norms = norms.clone()
+    norms[3] = value
+    return norms
 
 
 def test_what_is_not_finite_is_not_written(tmp_path):

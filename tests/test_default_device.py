@@ -7,22 +7,29 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
+from exact_networks import small_unet
 from oracles import images
 from stf_diffusers import (
     EDM,
     VE,
     VP,
+    EDMHeunScheduler,
     FlowMatching,
     ReferenceBank,
     ReferenceBatchCollator,
     ReferenceBatchSampler,
+    STFPipeline,
     STFTrainingObjective,
     posterior_mean,
     target_variance,
 )
+from stf_diffusers.denoising import network_denoiser
+from stf_diffusers.metrics import kernel_distance
+from stf_diffusers.solvers import Discretization, log_likelihood, sample_ode, sample_rk45
 
 X, LABELS = images(12, 3, 4, 4), torch.arange(12) % 3
 PIXELS = ((X + 1) * 127).to(torch.uint8)
+UNET = small_unet()
 SCHEDULERS = [DDPMScheduler(), EulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler()]
 
 
@@ -69,3 +76,44 @@ def test_lists_and_batches():
 def test_target_variance(labels):
     found = target_variance(EDM(), X, [2.0], reference_batch_sizes=[2], num_samples=4, labels=labels)[0]
     assert found.factor("epsilon") > 0 and found.dsm.value > 0
+
+
+def test_kernel_distance():
+    assert kernel_distance(X.flatten(1), X.flatten(1) + 1, num_subsets=2).value > 0
+
+
+def test_bank_of_a_file(tmp_path):
+    ReferenceBank(PIXELS, LABELS).save(tmp_path / "bank.safetensors")
+    bank = ReferenceBank.open(tmp_path / "bank.safetensors")
+    assert bank.posterior_mean(X, 1.0, 2.0, labels=LABELS).mean.isfinite().all()
+
+
+@pytest.mark.parametrize("row", [Discretization.edm, Discretization.ve, Discretization.vp])
+@pytest.mark.parametrize("method", ["heun", "euler"])
+def test_fixed_steps(row, method):
+    assert sample_ode(lambda x, sigma: x / (1 + sigma**2), X, row(4), method=method).isfinite().all()
+
+
+def test_adaptive_steps_and_likelihood():
+    denoise = network_denoiser(UNET, EDM())
+    x = X[:2, :1].double()
+    assert sample_rk45(denoise, x, rtol=0.1, atol=0.1).images.isfinite().all()
+    assert log_likelihood(denoise, x, rtol=0.1, atol=0.1).nats.isfinite().all()
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler", "rk45"])
+def test_pipeline(solver):
+    pipeline = STFPipeline(UNET, EDMHeunScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(0)
+    call = {"num_inference_steps": 2, "solver": solver, "tolerance": 0.1, "generator": generator, "output_type": "pt"}
+    assert pipeline(1, **call).images.isfinite().all()
+
+
+def test_heun_scheduler():
+    scheduler = EDMHeunScheduler(sigma_schedule="exponential")
+    scheduler.set_timesteps(3)
+    x = X * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps.tolist():
+        x = scheduler.step(scheduler.scale_model_input(x, timestep), timestep, x).prev_sample
+    assert x.isfinite().all()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,16 @@ def seeded(seed):
 def test_options_out_of_range(options, match):
     with pytest.raises(ValueError, match=match):
         EDMHeunScheduler(**options)
+
+
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+@pytest.mark.parametrize("steps", [2.5, 2.0, "2", math.nan])
+def test_a_number_of_steps_that_is_not_an_integer(steps, schedule):
+    scheduler = EDMHeunScheduler(sigma_schedule=schedule)
+    with pytest.raises(TypeError, match=f"number of steps must be an integer; got {steps!r}"):
+        scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(np.int64(2))
+    assert len(scheduler.timesteps) == 3
 
 
 def test_misuse_is_an_error():

@@ -230,6 +230,18 @@ def test_schedulers_that_do_not_tell_are_refused(scheduler, tmp_path):
         read_metadata(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["DDPM", "DPMSolverMultistep"])
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_learned_variances_are_refused(name, variance, tmp_path):
+    """Diffusers splits the output of such a network, and would split ours."""
+    scheduler = getattr(diffusers, f"{name}Scheduler")(variance_type=variance)
+    DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path)
+    (tmp_path / "scheduler" / "scheduler_config.json").unlink()
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(ValueError, match=f"{name}Scheduler with variance_type '{variance}' .* to 'fixed_small'"):
+        read_metadata(tmp_path)
+
+
 def test_a_folder_whose_scheduler_was_exchanged_or_is_unknown(tmp_path):
     save_pipeline(diffusers_pipeline(small_unet(), EDM(sigma_data=0.7)), tmp_path)
     DDPMScheduler().save_pretrained(tmp_path / "scheduler")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import random
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import PIL
+import pyarrow.compute as pc
 import torch
 from huggingface_hub import cached_assets_path
 from huggingface_hub.utils import WeakFileLock
@@ -35,8 +37,9 @@ def cached_images(
 ) -> Tensor | None:
     """The images as `decode_all` gives them, from a file in Hugging Face's cache; it is written if it is missing.
 
-    The file is named after the data set's fingerprint, the column, the reader and the versions of the decoders. A process
-    that comes while another decodes waits for its file. A data set that lies in memory alone is decoded each time.
+    The file is named after the data set's fingerprint, the column, the reader, the versions of the decoders, and path,
+    size and time of each image file that the data set refers to. A process that comes while another decodes waits for its
+    file. A data set that lies in memory alone is decoded each time.
 
     Returns:
         (N, C, H, W) uint8, of which the system reads the pages that are used; None where `decode_all` gives None.
@@ -61,9 +64,27 @@ def cached_images(
 
 def _place(dataset: datasets.Dataset, column: str, reader: ImageReader, cache_dir: str | None) -> Path:
     key = (_VERSION, dataset._fingerprint, len(dataset), column, reader, PIL.__version__, datasets.__version__)
-    name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(repr(key).encode())
+    # A data set of files keeps its fingerprint when one of them is replaced.
+    for file in _image_files(dataset, column):
+        try:
+            found = os.stat(file)
+            digest.update(repr((file, found.st_size, found.st_mtime_ns)).encode())
+        except OSError:  # missing, or an address: decoding tells
+            digest.update(repr((file,)).encode())
+    name = digest.hexdigest()[:32]
     folder: Path = cached_assets_path("stf_diffusers", "decoded", assets_dir=cache_dir)
     return folder / f"{name}.safetensors"
+
+
+def _image_files(dataset: datasets.Dataset, column: str) -> list[str]:
+    """The paths of a column of images where it holds no bytes, those of rows that are left out too."""
+    if not isinstance(dataset.features[column], datasets.Image):
+        return []
+    # The whole table: a selection of rows would copy the bytes.
+    stored = dataset.data.column(column)
+    paths = pc.filter(pc.struct_field(stored, "path"), pc.is_null(pc.struct_field(stored, "bytes")))
+    return [path for path in paths.to_pylist() if path is not None]
 
 
 def _read(path: Path, dataset: datasets.Dataset, column: str, reader: ImageReader) -> Tensor | None:
@@ -76,7 +97,7 @@ def _read(path: Path, dataset: datasets.Dataset, column: str, reader: ImageReade
         logger.warning("Decoded images are made again: %s", error)
         return None
     shape = torch.Size((len(dataset), *reader.shape))
-    # A data set of files keeps its fingerprint when one of them is replaced: a few rows are compared.
+    # A file replaced by one of its size and time keeps its name: a few rows are compared.
     rows = np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int)).tolist()
     if images.dtype == torch.uint8 and images.shape == shape:
         fresh = zip(rows, decode(dataset, column, rows), strict=True)

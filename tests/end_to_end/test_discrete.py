@@ -12,7 +12,7 @@ from PIL import Image
 
 from stf_diffusers import EDM, STFPipeline, STFTrainingObjective
 from stf_diffusers.export import process_to_config
-from tiny import TINY, grid_of, metadata, same, sample_with_plain_diffusers, train, weights
+from tiny import TINY, grid_of, metadata, mistake, same, sample_with_plain_diffusers, train, weights
 
 GREY = 191 / 127.5 - 1
 
@@ -200,3 +200,9 @@ def test_networks_that_predict_variances_are_refused(tune, tmp_path, stock, flag
     without_config = flags()[:2] + flags()[4:]
     with pytest.raises(ValueError, match="it predicts variances too, which is not trained here"):
         train([*without_config, "--pretrained_model_name_or_path", str(folder)])
+
+
+def test_learned_variances_are_refused_before_anything_is_written(flags, stock, tmp_path, capsys):
+    folder = stock(DDPMScheduler(variance_type="learned_range"))
+    said = mistake([*flags()[:2], *flags()[4:], "--pretrained_model_name_or_path", folder], capsys)
+    assert "with variance_type 'learned_range'" in said and not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """Decoded images on the disk: made once, mapped, checked, and never torn."""
 
 import multiprocessing
+import os
 from pathlib import Path
 
 import datasets
@@ -86,12 +87,44 @@ def test_a_damaged_file_is_made_again(damage, data, decoded, tmp_path, caplog):
     assert file.read_bytes() == whole
 
 
-def test_an_image_file_that_was_replaced(data, decoded, tmp_path):
+@pytest.mark.parametrize("rows", [range(40), [1, 5, 0, 3]], ids=["all", "some"])
+@pytest.mark.parametrize("row", [0, 1])
+def test_an_image_file_that_was_replaced(row, rows, data, decoded, tmp_path):
     """Datasets' fingerprint is of the paths it has read, not of what they hold now."""
+    data = data.select(rows)
+    replaced = data.cast_column("image", datasets.Image(decode=False))[row]["image"]["path"]
     open_images(data, cache_dir=str(tmp_path), quiet=True)
-    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "images" / "00.png")
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(replaced)
+    images = open_images(data, cache_dir=str(tmp_path), quiet=True).images
+    assert decoded == [len(data)] * 2 and images[row, :, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_a_replaced_file_of_the_same_size_and_time(data, decoded, tmp_path):
+    """The file of the images is not named after what it holds: a few rows are compared."""
+    open_images(data, cache_dir=str(tmp_path), quiet=True)
+    path = tmp_path / "images" / "00.png"
+    before = path.stat()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(path)
+    path.write_bytes(path.read_bytes().ljust(before.st_size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
     images = open_images(data, cache_dir=str(tmp_path), quiet=True).images
     assert decoded == [40, 40] and images[0, :, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_a_column_of_paths_and_bytes(decoded, tmp_path):
+    """Structures of bytes and a path: a row without bytes is a file."""
+    for name in "ab":
+        Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / f"{name}.png")
+    cells = [{"bytes": (tmp_path / "a.png").read_bytes(), "path": "gone.png"}]
+    cells += [{"bytes": None, "path": str(tmp_path / f"{name}.png")} for name in "ab"] * 20
+    datasets.Dataset.from_dict({"image": cells}).to_parquet(tmp_path / "data.parquet")
+    data = datasets.Dataset.from_parquet(str(tmp_path / "data.parquet"), cache_dir=str(tmp_path / "datasets"))
+    for _ in range(2):
+        open_images(data, cache_dir=str(tmp_path), quiet=True)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "a.png")
+    images = open_images(data, cache_dir=str(tmp_path), quiet=True).images
+    assert decoded == [41, 41] and images[:4, 0, 0, 0].tolist() == [9, 1, 9, 1]
 
 
 @pytest.mark.parametrize("where", ["no folder", "no room"])
