@@ -220,6 +220,22 @@ def find_label_column(dataset: datasets.Dataset | datasets.IterableDataset, requ
     return column
 
 
+def find_columns(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    image_column: str | None,
+    label_column: str | None,
+    class_conditional: bool,
+) -> tuple[str, str | None]:
+    """The columns of images and, if labels are read, of labels. A label column that is named is checked in any case.
+
+    Raises:
+        ValueError: as `find_image_column` and `find_label_column`.
+    """
+    images = find_image_column(dataset, image_column)
+    labels = find_label_column(dataset, label_column) if class_conditional or label_column else None
+    return images, labels if class_conditional else None
+
+
 class Labels(NamedTuple):
     """The classes of all images.
 

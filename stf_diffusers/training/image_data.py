@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..reference_bank import Augmentation, ReferenceBank
-from .data_set import find_image_column, find_label_column, read_labels
+from .data_set import find_columns, read_labels
 from .image_cache import cached_images
 from .image_column import to_image, with_images, without_corrupt
 from .image_reader import ImageReader, decode, decode_all, make_reader, read_row
@@ -176,11 +176,7 @@ def open_images(
     Raises:
         ValueError: there are no images, or no labels where they are needed; or they cannot be read.
     """
-    column = find_image_column(dataset, image_column)
-    if class_conditional or label_column:
-        label_column = find_label_column(dataset, label_column)
-    if not class_conditional:
-        label_column = None
+    column, label_column = find_columns(dataset, image_column, label_column, class_conditional)
     dataset = with_images(dataset, column)
     if skip_corrupt:
         dataset = without_corrupt(dataset, column)

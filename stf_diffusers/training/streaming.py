@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..reference_bank import Augmentation, ReferenceBank
 from ..reference_batch import ReferenceBatchSampler
-from .data_set import find_image_column, find_label_column, is_class
+from .data_set import find_columns, is_class
 from .image_column import is_encoded, pixel_dtype, to_image, with_images
 from .image_data import standard_deviation_of
 from .image_reader import ImageReader, make_reader, named, read_row, undecodable
@@ -250,11 +250,7 @@ def open_stream(
         raise ValueError(
             "streaming=True: the data set does not declare its columns. Use parquet files or a folder of images."
         )
-    column = find_image_column(dataset, image_column)
-    if class_conditional or label_column:
-        label_column = find_label_column(dataset, label_column)
-    if not class_conditional:
-        label_column = None
+    column, label_column = find_columns(dataset, image_column, label_column, class_conditional)
     dataset = with_images(dataset, column)
     reader = make_reader(dataset, column, image_mode, resolution, center_crop)
     classes, names = None, None
