@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .noise_distribution import NoiseDistribution
 from .prediction import (
     edm_preconditioning,
     prediction_coefficients,
@@ -73,9 +74,16 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def sample_t(
-        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        distribution: NoiseDistribution | None = None,
     ) -> Tensor:
-        """(batch_size,) times drawn from the process's training distribution, float32 unless said otherwise."""
+        """(batch_size,) times drawn from the process's own training distribution, float32 unless said otherwise.
+
+        With a `distribution` of noise levels: `times_from` that.
+        """
 
     @abstractmethod
     def time_of(self, ratio: Tensor) -> Tensor:
@@ -103,6 +111,30 @@ class NoiseProcess(ABC):
     def sampling_range(self) -> tuple[float, float]:
         """The extremes of sigma / alpha between which networks are sampled."""
         return EDM_SAMPLING_RANGE
+
+    def training_range(self) -> tuple[float, float]:
+        """The extremes of sigma / alpha that the process can be trained at: those it is sampled at, unless it has more."""
+        return self.sampling_range()
+
+    def times_from(
+        self,
+        distribution: NoiseDistribution,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """(batch_size,) times whose noise levels follow a distribution, cut off at `training_range`.
+
+        Raises:
+            ValueError: next to nothing of the distribution lies in that range.
+        """
+        low, high = self.training_range()
+        levels = distribution.sample(batch_size, low=low, high=high, generator=generator, device=device)
+        return self.times_at(levels)
+
+    def times_at(self, levels: Tensor) -> Tensor:
+        """Training times (B,) of noise levels sigma / alpha (B,) float64: the nearest, where not all levels have one."""
+        return self.time_of(levels).to(torch.float32)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``alpha(t) x0 + sigma(t) noise`` for x0, noise (B, ...) and t (B,)."""
@@ -160,12 +192,21 @@ class EDM(NoiseProcess):
         return t
 
     def sample_t(
-        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        distribution: NoiseDistribution | None = None,
     ) -> Tensor:
+        if distribution is not None:
+            return self.times_from(distribution, batch_size, generator, device)
         return (self.p_mean + self.p_std * _rand(batch_size, generator, device, normal=True)).exp()
 
     def time_of(self, ratio: Tensor) -> Tensor:
         return ratio
+
+    def training_range(self) -> tuple[float, float]:
+        return 0.0, math.inf
 
     def input_scale(self, t: Tensor) -> Tensor:
         return edm_preconditioning(t, self.sigma_data).c_in
@@ -205,8 +246,14 @@ class VE(NoiseProcess):
         return t
 
     def sample_t(
-        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        distribution: NoiseDistribution | None = None,
     ) -> Tensor:
+        if distribution is not None:
+            return self.times_from(distribution, batch_size, generator, device)
         span = math.log(self.sigma_max / self.sigma_min)
         return self.sigma_min * (span * _rand(batch_size, generator, device)).exp()
 
@@ -268,8 +315,14 @@ class VP(NoiseProcess):
         return (-torch.expm1(-self._integral(t))).sqrt()
 
     def sample_t(
-        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        distribution: NoiseDistribution | None = None,
     ) -> Tensor:
+        if distribution is not None:
+            return self.times_from(distribution, batch_size, generator, device)
         return self.epsilon_t + (1 - self.epsilon_t) * _rand(batch_size, generator, device)
 
     def time_of(self, ratio: Tensor) -> Tensor:
@@ -286,10 +339,16 @@ class VP(NoiseProcess):
     def integer_times(self) -> Tensor:
         return torch.arange(1, 1001, dtype=torch.float64, device="cpu") / 1000
 
-    def sampling_range(self) -> tuple[float, float]:
-        t = torch.tensor([_VP_FIRST_TIME, self.last_time], dtype=torch.float64, device="cpu")
+    def _levels(self, first_time: float) -> tuple[float, float]:
+        t = torch.tensor([first_time, self.last_time], dtype=torch.float64, device="cpu")
         low, high = (self.sigma(t) / self.alpha(t)).tolist()
         return low, high
+
+    def sampling_range(self) -> tuple[float, float]:
+        return self._levels(_VP_FIRST_TIME)
+
+    def training_range(self) -> tuple[float, float]:
+        return self._levels(self.epsilon_t)
 
     def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return prediction_coefficients("epsilon", self.alpha(t), self.sigma(t))
@@ -327,8 +386,14 @@ class FlowMatching(NoiseProcess):
         return t
 
     def sample_t(
-        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        distribution: NoiseDistribution | None = None,
     ) -> Tensor:
+        if distribution is not None:
+            return self.times_from(distribution, batch_size, generator, device)
         if self.time_distribution == "uniform":
             # rand() is 0 once in 2^24 draws, where there is no noise to predict.
             return _rand(batch_size, generator, device).clamp_(min=2**-25)
@@ -337,6 +402,10 @@ class FlowMatching(NoiseProcess):
 
     def time_of(self, ratio: Tensor) -> Tensor:
         return ratio / (1 + ratio)
+
+    def training_range(self) -> tuple[float, float]:
+        # Up to float32's last time before 1, where there is no image.
+        return 2.0**-25, 2.0**24
 
     def input_scale(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .noise import NoiseProcess, expand_as_rows
+from .noise_distribution import NoiseDistribution
 from .posterior import PosteriorMean, full_precision
 from .prediction import prediction_coefficients
 from .reference_set import ReferenceSet
@@ -61,13 +62,20 @@ class STFTrainingObjective:
         process: the forward process.
         prediction_type: a row of the table in `prediction.py` ("epsilon", "sample", "v_prediction",
             "flow_prediction", "score"). None: what the process's network returns (for `EDM`, the raw output F).
+        distribution: of the noise levels that `perturb` draws. None: the process's own.
 
     Raises:
-        TypeError: `process` is not a NoiseProcess.
+        TypeError: `process` is not a NoiseProcess, or `distribution` not a NoiseDistribution.
         ValueError: unknown prediction type.
     """
 
-    def __init__(self, process: NoiseProcess, prediction_type: str | None = None) -> None:
+    def __init__(
+        self,
+        process: NoiseProcess,
+        prediction_type: str | None = None,
+        *,
+        distribution: NoiseDistribution | None = None,
+    ) -> None:
         if not isinstance(process, NoiseProcess):
             raise TypeError(
                 f"process must be a NoiseProcess such as EDM(), VE() or VP(); got {type(process).__name__}. For a "
@@ -75,7 +83,13 @@ class STFTrainingObjective:
             )
         if prediction_type is not None:
             prediction_coefficients(prediction_type, torch.ones(1), torch.ones(1))
+        if distribution is not None and not isinstance(distribution, NoiseDistribution):
+            raise TypeError(
+                f"distribution must be a NoiseDistribution such as LogNormal(-0.4, 1.2); got "
+                f"{type(distribution).__name__}."
+            )
         self.process = process
+        self.distribution = distribution
         self.prediction_type = prediction_type
         self._sources = SourceChecks()
 
@@ -147,7 +161,11 @@ class STFTrainingObjective:
         """
         x0 = batch_of_images(clean)
         if t is None:
-            t = self.process.sample_t(len(x0), generator=generator, device=x0.device)
+            t = (
+                self.process.sample_t(len(x0), generator=generator, device=x0.device)
+                if self.distribution is None
+                else self.process.times_from(self.distribution, len(x0), generator=generator, device=x0.device)
+            )
         if noise is None:
             noise = standard_normal(x0, generator)
         references = self._sources.references(x0, reference, labels, reference_labels, source_index, num_unconditional)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .noise import NoiseProcess
+from .noise_distribution import NoiseDistribution
 from .prediction import edm_preconditioning, prediction_coefficients, raw_output_coefficients, vp_preconditioning
 
 
@@ -188,9 +189,15 @@ class SchedulerProcess(NoiseProcess):
         return self._lookup(2, t)
 
     def sample_t(
-        self, batch_size: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        distribution: NoiseDistribution | None = None,
     ) -> Tensor:
-        """Training timesteps drawn uniformly, in the scheduler's dtype."""
+        """Training timesteps drawn uniformly, or from a distribution of noise levels, in the scheduler's dtype."""
+        if distribution is not None:
+            return self.times_from(distribution, batch_size, generator, device)
         source = generator.device if generator is not None else device
         index = torch.randint(len(self._timesteps), (batch_size,), generator=generator, device=source)
         return self._on(index.device)[0][index].to(device or source)
@@ -213,6 +220,11 @@ class SchedulerProcess(NoiseProcess):
                 )
         right = torch.searchsorted(levels, wanted).clamp_(1, len(levels) - 1)
         return right - 1 + ((wanted - levels[right - 1]) / (levels[right] - levels[right - 1])).clamp(0, 1)
+
+    def times_at(self, levels: Tensor) -> Tensor:
+        timesteps, _, _, log_ratios = self._on(levels.device)
+        between = (log_ratios[:-1] + log_ratios[1:]) / 2
+        return timesteps[torch.searchsorted(between, levels.to(torch.float64).log())]
 
     def integer_times(self) -> Tensor:
         if self.family != "alphas_cumprod":
