@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from .prediction import (
 )
 
 SchedulerFamily = Literal["edm", "alphas_cumprod", "flow"]
+Generator: TypeAlias = torch.Generator | None
+Device: TypeAlias = torch.device | str | None
+Levels: TypeAlias = NoiseDistribution | None
 
 # Extremes of the noise at which EDM networks are sampled (Karras et al. 2022, Table 1).
 EDM_SAMPLING_RANGE = (0.002, 80.0)
@@ -38,7 +41,7 @@ def expand_as_rows(vector: Tensor, like: Tensor) -> Tensor:
     return vector.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _rand(batch_size: int, generator: torch.Generator | None, device: Any, normal: bool = False) -> Tensor:
+def _rand(batch_size: int, generator: Generator, device: Device, normal: bool = False) -> Tensor:
     # A generator draws on its own device, so that one seed gives the same times whatever the training device.
     draw = torch.randn if normal else torch.rand
     source = generator.device if generator is not None else device
@@ -74,16 +77,9 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def sample_t(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        distribution: NoiseDistribution | None = None,
+        self, batch_size: int, generator: Generator = None, device: Device = None, distribution: Levels = None
     ) -> Tensor:
-        """(batch_size,) times drawn from the process's own training distribution, float32 unless said otherwise.
-
-        With a `distribution` of noise levels: `times_from` that.
-        """
+        """(batch_size,) times drawn from the process's own distribution, or `times_from` another; float32 unless said so."""
 
     @abstractmethod
     def time_of(self, ratio: Tensor) -> Tensor:
@@ -117,11 +113,7 @@ class NoiseProcess(ABC):
         return self.sampling_range()
 
     def times_from(
-        self,
-        distribution: NoiseDistribution,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
+        self, distribution: NoiseDistribution, batch_size: int, generator: Generator = None, device: Device = None
     ) -> Tensor:
         """(batch_size,) times whose noise levels follow a distribution, cut off at `training_range`.
 
@@ -192,11 +184,7 @@ class EDM(NoiseProcess):
         return t
 
     def sample_t(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        distribution: NoiseDistribution | None = None,
+        self, batch_size: int, generator: Generator = None, device: Device = None, distribution: Levels = None
     ) -> Tensor:
         if distribution is not None:
             return self.times_from(distribution, batch_size, generator, device)
@@ -246,11 +234,7 @@ class VE(NoiseProcess):
         return t
 
     def sample_t(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        distribution: NoiseDistribution | None = None,
+        self, batch_size: int, generator: Generator = None, device: Device = None, distribution: Levels = None
     ) -> Tensor:
         if distribution is not None:
             return self.times_from(distribution, batch_size, generator, device)
@@ -315,11 +299,7 @@ class VP(NoiseProcess):
         return (-torch.expm1(-self._integral(t))).sqrt()
 
     def sample_t(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        distribution: NoiseDistribution | None = None,
+        self, batch_size: int, generator: Generator = None, device: Device = None, distribution: Levels = None
     ) -> Tensor:
         if distribution is not None:
             return self.times_from(distribution, batch_size, generator, device)
@@ -386,11 +366,7 @@ class FlowMatching(NoiseProcess):
         return t
 
     def sample_t(
-        self,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        distribution: NoiseDistribution | None = None,
+        self, batch_size: int, generator: Generator = None, device: Device = None, distribution: Levels = None
     ) -> Tensor:
         if distribution is not None:
             return self.times_from(distribution, batch_size, generator, device)
