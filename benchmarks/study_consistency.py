@@ -129,10 +129,10 @@ def network(args: argparse.Namespace) -> Path:
 
 
 def tunings(args: argparse.Namespace) -> list[Tuning]:
-    """All runs, each after its start model."""
-    return [
-        run for seed in range(args.seeds) for run in (Tuning(None, seed, start=True), *(Tuning(n, seed) for n in SIZES))
-    ]
+    """All runs: the start models, then the two ends of the comparison, then what lies between."""
+    seeds = range(args.seeds)
+    tuned = [Tuning(n, seed) for n in (0, None, 1024, 256) for seed in seeds]
+    return [*(Tuning(None, seed, start=True) for seed in seeds), *tuned]
 
 
 def averaged(run: Tuning, step: int, args: argparse.Namespace) -> STFPipeline:
