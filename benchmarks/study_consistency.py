@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--start_steps", type=int, default=1000, help="Of the start models, with 64 images.")
     parser.add_argument("--start_learning_rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=2000, help="Of each tuning, with 64 images.")
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num_samples", type=int, default=1000, help="For each distance.")
     parser.add_argument("--minutes", type=float, default=9, help="Stop after this time, at the latest a minute later.")
