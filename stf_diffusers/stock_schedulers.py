@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,6 +37,27 @@ def scheduler_from_config(config: dict[str, Any]) -> DDPMScheduler | DDIMSchedul
     return scheduler
 
 
+def refuse_learned_variances(name: str, scheduler: Mapping[str, Any], network: Mapping[str, Any] | None = None) -> None:
+    """Raise ValueError where the config of a scheduler, or of the network beside it, tells of learned variances.
+
+    Args:
+        name: the scheduler's class.
+        scheduler: its config.
+        network: config of the network, where it is to be looked at.
+    """
+    if (variance := scheduler.get("variance_type")) in ("learned", "learned_range"):
+        raise ValueError(
+            f"this {name} with variance_type {variance!r} samples a network only if it predicts variances too, which is not "
+            "trained here. Choose another pipeline. If its network returns as many channels as it takes, set variance_type to "
+            "'fixed_small' in its scheduler_config.json."
+        )
+    if network and network.get("out_channels") and network["out_channels"] == 2 * network["in_channels"]:
+        raise ValueError(
+            f"the network returns {network['out_channels']} channels for images of {network['in_channels']}: it predicts "
+            "variances too, which is not trained here. Choose another."
+        )
+
+
 def process_of_scheduler(scheduler: Any) -> NoiseProcess:
     """What a network that another package trained was trained on, by the scheduler saved beside it.
 
@@ -46,12 +68,7 @@ def process_of_scheduler(scheduler: Any) -> NoiseProcess:
         ValueError: it means none of these, or a network that returns variances too.
     """
     config, name = scheduler.config, type(scheduler).__name__
-    if (variance := config.get("variance_type")) in ("learned", "learned_range"):
-        raise ValueError(
-            f"this {name} with variance_type {variance!r} samples a network only if it predicts variances too, which is not "
-            "trained here. Choose another pipeline. If its network returns as many channels as it takes, set variance_type to "
-            "'fixed_small' in its scheduler_config.json."
-        )
+    refuse_learned_variances(name, config)
     flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler)
     predicted = config.get("prediction_type", "flow_prediction" if flow else "epsilon")
     if flow or config.get("use_flow_sigmas"):

@@ -131,11 +131,6 @@ def fit_network(network: Network, shape: tuple[int, int, int], conditioning: Con
     """
     channels, height, width = shape
     config = network.config
-    if config["out_channels"] == 2 * config["in_channels"]:
-        raise ValueError(
-            f"the pretrained network returns {config['out_channels']} channels for images of {config['in_channels']}: it "
-            "predicts variances too, which is not trained here. Choose another."
-        )
     if (config["in_channels"], config["out_channels"]) != (channels, channels):
         raise ValueError(
             f"the pretrained network has {config['in_channels']} channels and the images have {channels}. "
