@@ -54,13 +54,13 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
 from stf_diffusers import STFPipeline
 from stf_diffusers.export import METADATA_KEY, network_of, sampling_labels
 from stf_diffusers.files import replacing
+from stf_diffusers.image_grid import image_grid, names_of_labels
 from stf_diffusers.training.run_folder import check_writable
 from stf_diffusers.training.sampling import SETTINGS
 
@@ -183,7 +183,8 @@ def main(argv: list[str] | None = None) -> None:
         if suffix == ".png":
             columns = math.isqrt(min(64, args.num_images))
             shown = [Image.open(path) for path in paths[: columns * columns]]
-            make_image_grid(shown, columns, columns).save(args.output_dir / "grid.png")
+            names = names_of_labels([label(index) for index in range(len(shown))], metadata.get("class_names"))
+            image_grid(shown, columns, names).save(args.output_dir / "grid.png")
         if args.npz:
             arrays = [read(path) for path in paths]
             packed = np.stack(arrays).reshape(args.num_images, *arrays[0].shape[:2], -1)

@@ -83,7 +83,9 @@ FOLDERS = {
     "pretrained on grey images": Row(SAVED, "has 1 channels and the images have 3", pretrained(1)),
     "pretrained weights that are not finite": Row(SAVED, "weights are not finite", pretrained(broken=True)),
     "pretrained on another process": Row(f"{SAVED} --noise_process vp", "was trained on edm", pretrained()),
-    "pretrained without classes": Row(f"{SAVED} --class_conditional", "knows None classes", pretrained()),
+    "pretrained without classes": Row(
+        f"{SAVED} --class_conditional", "knows no classes and this run has 2", pretrained()
+    ),
     "no pretrained pipeline": Row(SAVED, "--pretrained_model_name_or_path", written("saved/notes.txt", "")),
     "a pretrained folder that is not there": Row(SAVED, "--pretrained_model_name_or_path"),
     "pretrained with learned variances": Row(

@@ -111,6 +111,7 @@ def attempt(row: Row, root: Path, places: Path) -> Outcome:
     handler = logging.StreamHandler(log)
     logging.getLogger().addHandler(handler)
     code: int | None = 0
+    own, sys.argv = sys.argv, [f"{row.script}.py", *argv]
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
             run(SCRIPTS[row.script].main, argv)
@@ -120,6 +121,7 @@ def attempt(row: Row, root: Path, places: Path) -> Outcome:
         code = None
         errors.write("\n" + traceback.format_exc())
     finally:
+        sys.argv = own
         logging.getLogger().removeHandler(handler)
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
@@ -163,7 +165,8 @@ def refused_bank(case: str, root: Path) -> str:
     tensors = contents()
     change(tensors)
     save_file(tensors, root / "bank.safetensors", {"fingerprint": "abc"})
-    return _raised(lambda: ReferenceBank.open(root / "bank.safetensors"), ValueError, re.escape(message))
+    said = _raised(lambda: ReferenceBank.open(root / "bank.safetensors"), ValueError, re.escape(message))
+    return said.replace(str(root), "…")
 
 
 def _raised(call: Callable[[], object], error: type[Exception], message: str) -> str:
@@ -187,7 +190,11 @@ def lines_of_rows(rows: Mapping[str, Row], places: Path) -> list[tuple[str, str]
             outcome = attempt(row, Path(folder), places)
         happens = f"exit code {outcome.code}" + ("" if outcome.code == 0 else f": {outcome.said}")
         if row.code == 0:
-            happens = "trains" + (f"; says: {row.says}" if row.says else "") if outcome.code == 0 else happens
+            happens = (
+                "trains; says: " + (row.says if isinstance(row.says, str) else ", ".join(row.says))
+                if outcome.code == 0
+                else happens
+            )
         wrong = complaint(row, outcome)
         happens = happens.replace(str(places), "…").replace(folder, "…") + (
             f" **unexpected: {wrong}**" if wrong else ""
