@@ -11,10 +11,13 @@ from stf_diffusers import (
     EDM,
     VP,
     FlowMatching,
+    ReferenceBank,
     SchedulerProcess,
+    SharedReferences,
     STFTrainingObjective,
 )
-from wrong_calls import CALLS, I4, I12, R, X
+from stf_diffusers.reference_set import ReferenceBatch
+from wrong_calls import CALLS, I4, I12, SET_CALLS, SETS, R, X, set_call
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -32,6 +35,33 @@ def test_errors_say_what_to_do(case):
             objective.target(**{"timesteps" if key == "t" else key: value for key, value in arguments.items()})
         objective.perturb(X, reference=R)
         objective.perturb(X, reference=R, labels=I4, reference_labels=I12)
+
+
+@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize("case", SET_CALLS)
+def test_reference_sets_called_directly_say_what_to_do(case, kind):
+    _, error, message = SET_CALLS[case]
+    with pytest.raises(error, match=message):
+        set_call(case, kind)()
+
+
+def test_what_only_one_kind_of_reference_set_can_be_told():
+    bank, batch = ReferenceBank(R), ReferenceBatch(R)
+    index = torch.arange(4)
+    for size in (8.0, True, "8"):
+        with pytest.raises(TypeError, match="subset_size must be an int; got"):
+            bank.posterior_mean(X, 1.0, 1.0, source_index=index, subset_size=size)
+    for wrong in (index + 9, index - 1):
+        for references in (bank, batch):
+            with pytest.raises(ValueError, match=r"source_index must lie in \[0, 12\)"):
+                references.posterior_mean(X, 1.0, 1.0, source_index=wrong)
+    with pytest.raises(ValueError, match="labels need reference_labels"):
+        batch.posterior_mean(X, 1.0, 1.0, labels=I4)
+    for images, kinds in (([X], (ReferenceBatch, SharedReferences)), (X.int(), (SharedReferences,))):
+        for kind in kinds:
+            with pytest.raises(TypeError, match=r"images must be a tensor|floating point"):
+                kind(images)
+    assert bank.posterior_mean(X, [1.0] * 4, [1.0] * 4).mean.equal(bank.posterior_mean(X, 1, torch.ones(4)).mean)
 
 
 @pytest.mark.parametrize("process", [VP(), FlowMatching()], ids=repr)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from banks import pixels
 from oracles import images, normal
-from stf_diffusers import ReferenceBank
+from stf_diffusers import ReferenceBank, SharedReferences
 from stf_diffusers.posterior import reference_norms
+from stf_diffusers.reference_set import ReferenceBatch, ReferenceSet
 
 X = images(4, 3, 4, 4)
 R = torch.cat([X, images(8, 3, 4, 4, seed=1)])
@@ -94,6 +95,44 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "times expanded": (dict(t=torch.ones(4, 1, 1, 1)), ValueError, r"one per image, shape \(4,\)"),
     "no noise": (dict(t=torch.tensor([1.0, 0.0, 1.0, 1.0])), ValueError, r"times of EDM lie above 0 .*got \[0.0\]"),
 }  # fmt: skip
+
+
+# The sets of references, called directly: all that is said of a set's kind is said here of each.
+SETS: dict[str, Callable[[], ReferenceSet]] = {
+    "bank": lambda: ReferenceBank(R, I12),
+    "batch": lambda: ReferenceBatch(R, I12),
+    "shared": lambda: SharedReferences(R, I12),
+}
+# What `posterior_mean` of each is called with, beside good arguments; the error; a pattern that its message matches.
+SET_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "noisy is a list": (dict(noisy=X.tolist()), TypeError, r"noisy must be a tensor \(B, \.\.\.\); got list"),
+    "noisy is an array": (dict(noisy=X.numpy()), TypeError, r"noisy must be a tensor \(B, \.\.\.\); got ndarray"),
+    "noisy pixels": (dict(noisy=X.byte()), TypeError, "noisy must be floating point; got torch.uint8. Scale images"),
+    "no batch": (dict(noisy=torch.tensor(1.0)), ValueError, "noisy must be .* with at least 2 dimensions"),
+    "other images": (dict(noisy=X[..., :2]), ValueError, "noisy must be|must have one shape"),
+    "a word as alpha": (dict(alpha="one"), TypeError, r"alpha must be a number or a tensor \(4,\); got str"),
+    "no sigma": (dict(sigma=None), TypeError, r"sigma must be a number or a tensor \(4,\); got NoneType"),
+    "sigma of pixels": (dict(sigma=torch.ones(4, 1, 1, 1)), ValueError, "sigma must have one value per row"),
+    "no noise": (dict(sigma=0.0), ValueError, "sigma must be positive; got 0"),
+    "positions in a list": (dict(source_index=[0] * 4), TypeError, "source_index must be a tensor .* got list"),
+    "positions as floats": (
+        dict(source_index=I4.float()),
+        TypeError,
+        "source_index must be integers; got torch.float32",
+    ),
+    "positions as booleans": (dict(source_index=I4.bool()), TypeError, "source_index must be integers; got torch.bool"),
+    "positions of others": (dict(source_index=I12), ValueError, r"source_index must have shape \(4,\)"),
+    "labels in a list": (dict(labels=[0] * 4), TypeError, "labels must be a tensor .* got list"),
+    "labels as floats": (dict(labels=I4.float()), TypeError, "labels must be integers; got torch.float32"),
+    "labels as booleans": (dict(labels=I4.bool()), TypeError, "labels must be integers; got torch.bool"),
+    "labels of others": (dict(labels=I12), ValueError, r"labels must have shape \(4,\)"),
+}
+
+
+def set_call(case: str, kind: str) -> Callable[[], object]:
+    """The call of a case, of one kind of set."""
+    good = {"noisy": X, "alpha": 1.0, "sigma": 1.0, "labels": I4}
+    return lambda: SETS[kind]().posterior_mean(**{**good, **SET_CALLS[case][0]})
 
 
 def contents() -> dict[str, Tensor]:

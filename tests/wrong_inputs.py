@@ -37,7 +37,7 @@ import variance_report
 from stf_diffusers import EDM, ReferenceBank, STFTrainingObjective
 from stf_diffusers.training.command_line import run
 from tiny import TINY_TRANSFORMER, save_extractor, save_images, short_run, tiny_autoencoder, train
-from wrong_calls import BANK_FILES, CALLS, X, contents
+from wrong_calls import BANK_FILES, CALLS, SET_CALLS, SETS, X, contents, set_call
 from wrong_data import DATA, UNUSUAL
 from wrong_files import FOLDERS, GENERATE, OTHER_SCRIPTS, QUALITY, RECONSTRUCT, VARIANCE
 from wrong_flags import COMBINATIONS, PLACES, TRAINER, VALUE_ROWS, Row
@@ -211,6 +211,11 @@ def table() -> dict[str, list[tuple[str, str]]]:
         places = make_places(Path(folder))
         found = {kind: lines_of_rows(rows, places) for kind, rows in (*WRONG.items(), ("Unusual, and right", UNUSUAL))}
         found["Arguments of STFTrainingObjective"] = [(case, refused_call(case)) for case in CALLS]
+        found["Arguments of posterior_mean of a reference set"] = [
+            (f"{kind}: {case}", _raised(set_call(case, kind), *SET_CALLS[case][1:]))
+            for case in SET_CALLS
+            for kind in SETS
+        ]
         found["Files of ReferenceBank"] = [(case, refused_bank(case, Path(folder))) for case in BANK_FILES]
     return found
 
