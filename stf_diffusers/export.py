@@ -34,6 +34,7 @@ from .scheduler_process import SchedulerProcess
 from .stock_schedulers import (
     DISCRETE,
     DISCRETE_SCHEDULERS,
+    on_cpu,
     process_of_scheduler,
     refuse_learned_variances,
     scheduler_from_config,
@@ -94,6 +95,7 @@ def process_from_config(config: dict[str, Any]) -> NoiseProcess:
     return process
 
 
+@on_cpu
 def sampling_scheduler(
     process: NoiseProcess, sigma_min: float | None = None, sigma_max: float | None = None, *, scales_input: bool = False
 ) -> (
@@ -318,6 +320,7 @@ def sampling_labels(network: Network, metadata: dict[str, Any]) -> list[int]:
     return [label for label in range(embeddings) if label != metadata.get("null_label")]
 
 
+@on_cpu
 def read_metadata(
     pretrained_model_name_or_path: str | os.PathLike[str], cache_dir: str | None = None
 ) -> dict[str, Any]:

@@ -389,7 +389,7 @@ class STFPipeline(DiffusionPipeline):
         images = self(
             count,
             class_labels=labels or None,
-            generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(count)],
             return_dict=False,
         )[0]
         names = names_of_labels(labels, metadata.get("class_names"))

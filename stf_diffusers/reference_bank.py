@@ -81,7 +81,7 @@ class ReferenceBank(ReferenceSet):
         check_batch("images", images, "(N, ...)")
         dtype = images.dtype if dtype is None else dtype
         pixels_to_float(images[:0])
-        pixels_to_float(torch.empty(0, dtype=dtype))
+        pixels_to_float(torch.empty(0, dtype=dtype, device="cpu"))
         if dtype == torch.uint8 != images.dtype:
             raise TypeError(
                 f"the images are {images.dtype} and would be rounded to uint8. Pass uint8 pixels, or dtype=torch.float32."

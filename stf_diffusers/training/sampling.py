@@ -58,14 +58,15 @@ def sample_images(
     images: list[Image.Image] = []
     for start in range(0, len(indices), batch_size):
         which = indices[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed_of(index)) for index in which]
+        generators = [torch.Generator("cpu").manual_seed(seed_of(index)) for index in which]
         # `DiTPipeline` has no batch size, and guides by itself.
         how: dict[str, Any] = (
             {"guidance_scale": 1.0} if hasattr(pipeline, "transformer") else {"batch_size": len(which)}
         )
         if labels:
             how["class_labels"] = [label_of(index) if label_of else labels[index % len(labels)] for index in which]
-        images += pipeline(generator=generators, num_inference_steps=num_inference_steps, **how).images
+        with torch.device("cpu"):  # Diffusers makes tensors on the default device, whatever that of the pipeline is
+            images += pipeline(generator=generators, num_inference_steps=num_inference_steps, **how).images
     return images
 
 
