@@ -93,19 +93,18 @@ def write(path: Path, content: Any) -> None:
     os.replace(aside, path)
 
 
-def train(run: Training, args: argparse.Namespace, deadline: float) -> bool:
+def train(folder: Path, steps: int, command: Sequence[str], deadline: float) -> bool:
     """Train until the end, or until the deadline: whether it has ended.
 
     Raises:
         RuntimeError: the trainer failed.
     """
-    folder = run.folder(args.output_dir)
-    if (folder / "model_index.json").exists() and (folder / f"checkpoint-{args.steps}").exists():
+    if (folder / "model_index.json").exists() and (folder / f"checkpoint-{steps}").exists():
         return True
-    command = [sys.executable, str(TRAINER), *common_flags(args), *run.flags(), "--output_dir", str(folder)]
     folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *command, "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
     with open(f"{folder}.log", "a") as log:
-        process = subprocess.Popen([*command, "--resume_from_checkpoint", "latest"], stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             code = process.wait(max(deadline - time.monotonic(), 1))
         except subprocess.TimeoutExpired:
@@ -116,20 +115,21 @@ def train(run: Training, args: argparse.Namespace, deadline: float) -> bool:
     return code == 0
 
 
-def load_images(args: argparse.Namespace) -> ImageColumn:
-    dataset = load_split(args.dataset_name)
+def load_images(dataset_name: str | None, resolution: int | None = None) -> ImageColumn:
+    dataset = load_split(dataset_name)
     column = find_image_column(dataset)
-    reader = make_reader(dataset, column, None, None, False)
+    reader = make_reader(dataset, column, None, resolution, False)
     return ImageColumn(dataset, column, reader, images=decode_all(dataset, column, reader, math.inf, quiet=True))
 
 
-def train_extractor(args: argparse.Namespace) -> Path | str:
-    """The feature extractor; trained in a process of its own where none was given."""
-    folder = args.output_dir / "classifier"
-    if args.extractor is not None or (folder / "accuracy.json").exists():
-        return args.extractor or folder
-    command = [sys.executable, str(ROOT / "benchmarks" / "train_classifier.py"), "--output_dir", str(folder)]
-    subprocess.run([*command, *(["--dataset_name", args.dataset_name] if args.dataset_name else [])], check=True)
+def train_extractor(output_dir: Path, dataset_name: str | None, resolution: int | None = None) -> Path:
+    """The feature extractor, trained in a process of its own at the first call."""
+    folder = output_dir / "classifier"
+    if not (folder / "accuracy.json").exists():
+        command = [sys.executable, str(ROOT / "benchmarks" / "train_classifier.py"), "--output_dir", str(folder)]
+        command += ["--dataset_name", dataset_name] if dataset_name else []
+        command += ["--resolution", str(resolution)] if resolution else []
+        subprocess.run(command, check=True)
     return folder
 
 
@@ -254,11 +254,13 @@ def main() -> None:
     write(path, settings)
     deadline = time.monotonic() + 60 * args.minutes
     for run in trainings(args):
-        if time.monotonic() > deadline or not train(run, args, deadline):
-            print(f"Stopped in {run.folder(args.output_dir).name}. Call again.")
+        folder, command = run.folder(args.output_dir), [str(TRAINER), *common_flags(args), *run.flags()]
+        if time.monotonic() > deadline or not train(folder, args.steps, command, deadline):
+            print(f"Stopped in {folder.name}. Call again.")
             return
-    extractor = transformers_features(train_extractor(args), device="cuda" if torch.cuda.is_available() else "cpu")
-    images = load_images(args)
+    chosen = args.extractor or train_extractor(args.output_dir, args.dataset_name)
+    extractor = transformers_features(chosen, device="cuda" if torch.cuda.is_available() else "cpu")
+    images = load_images(args.dataset_name)
     data = data_features(images, extractor, None, quiet=True)
     work: list[tuple[Path, Any]] = [
         (args.output_dir / f"noise-{process}.json", lambda process=process: gradient_noise(process, args, images))

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .consistency import ConsistencySchedule, ConsistencyTrainingObjective
 from .denoising import network_denoiser
 from .diagnostics import target_variance
 from .noise import EDM, VE, VP, FlowMatching, NoiseProcess
@@ -25,6 +26,8 @@ __all__ = [
     "VE",
     "VP",
     "Churn",
+    "ConsistencySchedule",
+    "ConsistencyTrainingObjective",
     "Discretization",
     "EDMHeunScheduler",
     "FlowMatching",

@@ -16,12 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .noise import NoiseProcess, expand_as_rows
-from .posterior import PosteriorMean, check_tensor, full_precision, pixels_to_float
+from .posterior import PosteriorMean, full_precision
 from .prediction import prediction_coefficients
-from .reference_bank import ReferenceBank
-from .reference_batch import refuse_dispatched_references
-from .reference_set import ReferenceBatch, ReferenceSet, SharedReferences, check_integers
+from .reference_set import ReferenceSet
 from .scheduler_process import SchedulerProcess
+from .source_checks import (
+    SourceChecks,
+    alpha_and_sigma,
+    batch_of_images,
+    check_noise_and_times,
+    check_output,
+    standard_normal,
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,7 @@ class STFTrainingObjective:
             prediction_coefficients(prediction_type, torch.ones(1, device="cpu"), torch.ones(1, device="cpu"))
         self.process = process
         self.prediction_type = prediction_type
-        # By kind of reference set, what the sources were last compared for.
-        self._checked: dict[type, tuple[Any, ...]] = {}
+        self._sources = SourceChecks()
 
     @classmethod
     def from_scheduler(cls, noise_scheduler: Any) -> STFTrainingObjective:
@@ -140,13 +145,12 @@ class STFTrainingObjective:
                 labels, with a bank, or not in [B, n].
             TypeError: not tensors, or of the wrong dtype, or a `num_unconditional` that is not an integer.
         """
-        x0 = self._as_compute(clean)
+        x0 = batch_of_images(clean)
         if t is None:
             t = self.process.sample_t(len(x0), generator=generator, device=x0.device)
         if noise is None:
-            device = generator.device if generator is not None else x0.device
-            noise = torch.randn(x0.shape, generator=generator, device=device, dtype=x0.dtype)
-        references = self._reference_set(x0, reference, labels, reference_labels, source_index, num_unconditional)
+            noise = standard_normal(x0, generator)
+        references = self._sources.references(x0, reference, labels, reference_labels, source_index, num_unconditional)
         batch = self._noised_batch(x0, noise, t, references, labels, source_index)
         return replace(batch, model_input=batch.model_input.to(clean.dtype)) if clean.is_floating_point() else batch
 
@@ -175,8 +179,8 @@ class STFTrainingObjective:
         Returns:
             (B, ...) in float32 (float64 for float64 images); without references, the DSM target bit for bit.
         """
-        x0 = self._as_compute(clean)
-        references = self._reference_set(x0, reference, labels, reference_labels, source_index, num_unconditional)
+        x0 = batch_of_images(clean)
+        references = self._sources.references(x0, reference, labels, reference_labels, source_index, num_unconditional)
         return self._noised_batch(x0, noise, timesteps, references, labels, source_index).target
 
     def loss(self, output: Tensor, batch: PerturbedBatch) -> Tensor:
@@ -187,23 +191,9 @@ class STFTrainingObjective:
         Raises:
             ValueError: the shapes differ (mean squared error would broadcast them).
         """
-        if not isinstance(output, Tensor):
-            raise TypeError(f"output must be a tensor; got {type(output).__name__}. Pass the network's `.sample`.")
-        if output.shape != batch.target.shape:
-            raise ValueError(
-                f"the network returned {tuple(output.shape)} for a target of {tuple(batch.target.shape)}. Pass its "
-                "`.sample`, and check the network's out_channels."
-            )
+        check_output(output, batch.target.shape)
         with full_precision(output.device.type):
             return F.mse_loss(output.to(batch.target.dtype), batch.target)
-
-    @staticmethod
-    def _as_compute(clean: Tensor) -> Tensor:
-        if not isinstance(clean, Tensor):
-            raise TypeError(f"clean must be a tensor (B, ...); got {type(clean).__name__}. Stack the images first.")
-        if clean.ndim < 2:
-            raise ValueError(f"clean must be a batch, (B, ...) with at least 2 dimensions; got {tuple(clean.shape)}.")
-        return pixels_to_float(clean)
 
     def _noised_batch(
         self,
@@ -214,25 +204,11 @@ class STFTrainingObjective:
         labels: Tensor | None,
         source_index: Tensor | None,
     ) -> PerturbedBatch:
-        check_tensor("noise", noise, f"of shape {tuple(x0.shape)}")
-        check_tensor("times", t, f"({len(x0)},)")
-        if noise.shape != x0.shape:
-            raise ValueError(f"noise must have the images' shape {tuple(x0.shape)}; got {tuple(noise.shape)}.")
-        if t.shape != x0.shape[:1]:
-            raise ValueError(f"times must be one per image, shape ({len(x0)},); got {tuple(t.shape)}.")
-        noise, t = noise.to(x0.device, x0.dtype), t.to(x0.device)
+        noise, t = check_noise_and_times(x0, noise, t)
         with full_precision(x0.device.type):
             # Coefficients in float64: at low noise 1 - c_skip and a - b alpha / sigma cancel.
             exact_t = t.to(torch.float64)
-            exact_alpha, exact_sigma = self.process.alpha(exact_t), self.process.sigma(exact_t)
-            if x0.device.type == "cpu":
-                inside = (exact_sigma > 0) & (exact_t <= self.process.last_time)
-                if not bool(inside.all()):
-                    raise ValueError(
-                        f"times of {type(self.process).__name__} lie above 0 and up to {self.process.last_time:g}; got "
-                        f"{t[~inside].tolist()[:4]}. Timesteps of a Diffusers scheduler belong to "
-                        "STFTrainingObjective.from_scheduler."
-                    )
+            exact_alpha, exact_sigma = alpha_and_sigma(self.process, exact_t)
             a, b = (
                 self.process.output_coefficients(exact_t)
                 if self.prediction_type is None
@@ -264,51 +240,3 @@ class STFTrainingObjective:
                 alpha=alpha,
                 sigma=sigma,
             )
-
-    def _reference_set(
-        self,
-        x0: Tensor,
-        reference: Tensor | ReferenceSet | None,
-        labels: Tensor | None,
-        reference_labels: Tensor | None,
-        source_index: Tensor | None,
-        num_unconditional: int | None,
-    ) -> ReferenceSet | None:
-        """The references as a set that is checked to contain the sources; None for the DSM target.
-
-        Without its source a target is biased, and no loss curve shows it. Shapes are checked always. Values are
-        compared at each call on the CPU; elsewhere at the first call and when shapes change, since comparing waits for
-        the device.
-        """
-        for name, values in (("labels", labels), ("source_index", source_index)):
-            if values is not None:
-                check_integers(name, values, len(x0))
-        if reference is None:
-            return None
-        if isinstance(reference, (Tensor, SharedReferences)):
-            refuse_dispatched_references()
-        if isinstance(reference, Tensor):
-            reference = ReferenceBatch(reference, reference_labels, num_unconditional)
-            reference.check_shapes(x0, source_index, labels)
-            seen: tuple[Any, ...] = (reference.images.shape, reference.images.dtype, x0.shape, x0.device)
-            seen += (labels is None, source_index is None)
-            searched = False
-        elif not isinstance(reference, ReferenceSet):
-            raise TypeError(
-                f"reference must be a tensor (n, ...), a ReferenceBank or None; got {type(reference).__name__}."
-            )
-        else:
-            if reference_labels is not None:
-                raise ValueError(f"a {type(reference).__name__} has its own labels: leave reference_labels out.")
-            if num_unconditional is not None:
-                raise ValueError(
-                    f"num_unconditional counts the rows of a reference tensor; in a {type(reference).__name__}, rows of "
-                    "label -1 use all. Leave it out."
-                )
-            # A bank that is searched is searched once, by all processes at their first call.
-            searched = isinstance(reference, ReferenceBank) and (source_index is None or bool(reference.process_shard))
-            seen = (reference, labels is None, None if searched else x0.shape)
-        if (x0.device.type == "cpu" and not searched) or self._checked.get(type(reference)) != seen:
-            reference.check_sources(x0, source_index, labels)
-            self._checked[type(reference)] = seen
-        return reference

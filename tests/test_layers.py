@@ -24,7 +24,8 @@ CORE = [
     {"dataset_images"},
     {"bank_file"},
     {"reference_bank"},
-    {"objective"},
+    {"source_checks"},
+    {"objective", "consistency"},
     {"diagnostics"},
 ]
 ABOVE_DIFFUSERS = [
