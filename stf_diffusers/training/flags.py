@@ -341,3 +341,11 @@ def notices(args: argparse.Namespace, max_steps: int) -> list[str]:
     ]
     return [message for wrong, message in rows if wrong]
 # fmt: on
+
+
+def noticed(args: argparse.Namespace, max_steps: int) -> dict[str, Any]:
+    """What a resumed run should share with this one."""
+    settings = {name: getattr(args, name) for name in NOTICED_FLAGS}
+    if args.lr_scheduler not in ("constant", "constant_with_warmup"):
+        settings["steps_of_schedule"] = max_steps
+    return settings
