@@ -21,7 +21,7 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
-from diffusers.utils import BaseOutput, make_image_grid
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
 from PIL import Image
@@ -36,6 +36,7 @@ from .export import (
     process_of,
     sampling_labels,
 )
+from .image_grid import image_grid, names_of_labels
 from .model_card import model_card
 from .posterior import check_tensor
 from .sampling_call import (
@@ -382,14 +383,14 @@ class STFPipeline(DiffusionPipeline):
         return commit.commit_url
 
     def _grid(self, count: int) -> Image.Image:
-        labels = sampling_labels(network_of(self), self.scheduler.config.get(METADATA_KEY) or {})
+        metadata = self.scheduler.config.get(METADATA_KEY) or {}
+        known = sampling_labels(network_of(self), metadata)
+        labels = [known[k % len(known)] for k in range(count)] if known else []
         images = self(
             count,
-            class_labels=[labels[k % len(labels)] for k in range(count)] if labels else None,
-            generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
+            class_labels=labels or None,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(count)],
             return_dict=False,
         )[0]
-        columns = math.ceil(math.sqrt(count))
-        rows = math.ceil(count / columns)
-        blank = Image.new("RGB", images[0].size)
-        return make_image_grid(images + [blank] * (rows * columns - count), rows, columns)
+        names = names_of_labels(labels, metadata.get("class_names"))
+        return image_grid(images, math.ceil(math.sqrt(count)), names)
