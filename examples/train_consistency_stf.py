@@ -92,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--schedule_b", type=nonnegative, default=1.0, help="Levels below 1 / b count as small.")
     method.add_argument("--p_mean", type=flags.number(float), default=-1.1,
         help="Mean of the logarithm of the later point's noise level.")
-    method.add_argument("--p_std", type=positive, default=2.0, help="Standard deviation of that logarithm.")
+    method.add_argument("--p_std", type=flags.number(float, 0, above=True, high=10), default=2.0, help="Standard deviation of that logarithm.")
     method.add_argument("--huber_c", type=nonnegative,
         help="c of the pseudo-Huber loss. Default: 0.00054 times the root of the number of values of an image.")
     method.add_argument("--noise_process", choices=["edm"], default="edm", help="Forward process.")
@@ -138,7 +138,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from stf_diffusers import ConsistencySchedule, ConsistencyTrainingObjective
-from stf_diffusers.export import Network, diffusers_pipeline, process_to_config, read_metadata
+from stf_diffusers.export import Network, diffusers_pipeline, process_to_config
 from stf_diffusers.training import run_folder
 from stf_diffusers.training.averages import ExponentialAverage, PostHocAverages
 from stf_diffusers.training.checkpoints import (
@@ -153,8 +153,8 @@ from stf_diffusers.training.data_set import load_split, public_name
 from stf_diffusers.training.evaluation import Evaluation
 from stf_diffusers.training.hub_upload import HubUpload
 from stf_diffusers.training.image_data import flip_at_random, open_images
-from stf_diffusers.training.launch import make_accelerator
-from stf_diffusers.training.network import new_network, pretrained_network
+from stf_diffusers.training.launch import make_accelerator, start_logging
+from stf_diffusers.training.network import choose_network, pretrained_metadata
 from stf_diffusers.training.noise_process import choose_process
 from stf_diffusers.training.pipeline_saver import PipelineSaver
 from stf_diffusers.training.references import choose_references
@@ -192,9 +192,7 @@ def main(argv: list[str] | None = None) -> None:
             project_dir=Path(args.output_dir) / args.logging_dir,
         )
         process_index, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-        logging.basicConfig(format="%(message)s")
-        for name in (NAME, "stf_diffusers"):
-            logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+        start_logging(accelerator, NAME)
         stack.enter_context(logging_redirect_tqdm())  # lines stand above the progress bar, not within it
         places = {"process_index": process_index, "num_processes": num_processes}
         quiet, output_dir = not accelerator.is_main_process, Path(args.output_dir)
@@ -203,12 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         run_folder.check_writable(output_dir)
         if accelerator.is_main_process:
             stack.enter_context(RunLock(output_dir))
-        resume = run_folder.find_checkpoint(output_dir, args.resume_from_checkpoint)
+        resume = run_folder.checkpoint_to_resume(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
         first_step = 0 if resume is None else run_folder.step_of(resume)
-        if args.resume_from_checkpoint == "latest" and resume is None:
-            logger.info("No checkpoint in %s yet: starting at step 0.", output_dir)
-        if resume is None and not args.overwrite_output_dir:
-            run_folder.refuse_occupied(output_dir, resuming=args.resume_from_checkpoint is not None)
 
         # ---- data
         with accelerator.main_process_first():
@@ -226,10 +220,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- noise process and network
         pretrained = args.pretrained_model_name_or_path
-        try:
-            saved = read_metadata(pretrained, cache_dir=args.cache_dir) if pretrained else None
-        except OSError as error:
-            raise ValueError(f"--pretrained_model_name_or_path {pretrained} cannot be read: {error}") from error
+        saved = pretrained_metadata(pretrained, args.cache_dir)
         if saved and saved["process"]["name"] != "edm":
             raise ValueError(
                 f"--pretrained_model_name_or_path {pretrained} was trained on {saved['process']['name']}, and consistency "
@@ -250,13 +241,10 @@ def main(argv: list[str] | None = None) -> None:
             huber_c=args.huber_c,
         )
         torch.manual_seed(seed_for(args.seed))
-        labelled = {"num_classes": images.num_classes, "class_dropout": args.class_dropout}
-        if pretrained:
-            network, conditioning = pretrained_network(pretrained, images.shape, cache_dir=args.cache_dir, **labelled)
-        else:
-            network, conditioning = new_network(
-                images.shape, model_config=args.model_config, cache_dir=args.cache_dir, **labelled
-            )
+        network, conditioning = choose_network(
+            images.shape, pretrained_model_name_or_path=pretrained, model_config=args.model_config,
+            num_classes=images.num_classes, class_dropout=args.class_dropout, cache_dir=args.cache_dir,
+        )  # fmt: skip
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         diffusers_pipeline(network, process, **sampling_range)  # an impossible range fails now, not after the training
@@ -368,11 +356,6 @@ def main(argv: list[str] | None = None) -> None:
             num_samples=args.num_samples, sampling=sampling,
         )  # fmt: skip
 
-        def evaluate(step: int) -> None:
-            if evaluation is not None and evaluation.due(step, max_steps):
-                with log.paused():
-                    evaluation(saver.averaged(step), step)
-
         # ---- the loop
         log, target_share = TrainingLog(accelerator), TargetShare(device)
         batches = images.batches_from(
@@ -385,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
             initial=first_step, total=max_steps, desc="Training", unit="step",
             disable=not accelerator.is_local_main_process,
         )  # fmt: skip
-        evaluate(first_step)  # where the run was stopped before it could
+        saver.evaluate(first_step, max_steps, log)  # where the run was stopped before it could
         model.train()
         stop.defer()
         for step in range(first_step + 1, max_steps + 1):
@@ -453,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
                 )  # fmt: skip
                 saver.end(patience=20)
                 raise SystemExit(REQUEUE_EXIT_CODE)
-            evaluate(step)
+            saver.evaluate(step, max_steps, log)
             if step < max_steps and save_due:
                 saver.save(step)
             elif step < max_steps and due(step, sample_steps):

@@ -22,15 +22,12 @@ On SIGTERM or SIGUSR1 the training processes save a checkpoint after the current
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import time
-from collections import Counter
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -45,8 +42,8 @@ logger = logging.getLogger(NAME)
 # The random streams of a micro-batch: each is a function of the seed, the process, the step, the micro-batch and its number.
 NOISE, FLIPS, DROPOUT, CONDITIONS = range(4)
 
-# Flags of its own that a resumed run must share with the one it continues.
-KEPT = (*flags.KEPT_FLAGS, "reorient", "latents")
+# Flags that a resumed run must share with the one it continues.
+KEPT_FLAGS = (*flags.KEPT_FLAGS, "reorient", "latents")
 
 # ---- flags
 
@@ -140,80 +137,49 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
 if __name__ == "__main__":
     parse_args()  # --help and a mistyped flag do not wait for the imports below, which take seconds
 
-from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from stf_diffusers import STFTrainingObjective
-from stf_diffusers.export import diffusers_pipeline, process_to_config, read_metadata, save_pipeline
-from stf_diffusers.model_card import model_card
+from stf_diffusers.export import Network, diffusers_pipeline, process_to_config
 from stf_diffusers.training import run_folder
 from stf_diffusers.training.autoencoder import check_fit, check_same_autoencoder, load_autoencoder
 from stf_diffusers.training.averages import ExponentialAverage, PostHocAverages
-from stf_diffusers.training.checkpoints import check_finite, load_checkpoint, read_step, save_checkpoint
+from stf_diffusers.training.checkpoints import (
+    check_finite,
+    due,
+    load_checkpoint,
+    make_manifest,
+    read_step,
+    save_checkpoint,
+)
 from stf_diffusers.training.conditioning import reoriented
 from stf_diffusers.training.data_set import load_split, public_name
 from stf_diffusers.training.evaluation import Evaluation
 from stf_diffusers.training.hub_upload import HubUpload
 from stf_diffusers.training.image_data import flip_at_random, open_images
 from stf_diffusers.training.latents import load_latents
-from stf_diffusers.training.launch import make_accelerator
-from stf_diffusers.training.network import new_network, pretrained_network
+from stf_diffusers.training.launch import make_accelerator, start_logging
+from stf_diffusers.training.network import choose_network, pretrained_metadata
 from stf_diffusers.training.noise_process import DISCRETE_PARAMETERS, choose_process
+from stf_diffusers.training.pipeline_saver import PipelineSaver
 from stf_diffusers.training.references import choose_references
 from stf_diffusers.training.run_lock import RunLock
-from stf_diffusers.training.sampling import sample_grid, seed_for, seeded_generator
+from stf_diffusers.training.sampling import seed_for, seeded_generator
 from stf_diffusers.training.sources import TrainingImages
-from stf_diffusers.training.stop_signal import REQUEUE_EXIT_CODE, StopSignal, settle_communication, stop_with_launcher
+from stf_diffusers.training.stop_signal import REQUEUE_EXIT_CODE, StopSignal, stop_with_launcher
 from stf_diffusers.training.streaming import open_stream
 from stf_diffusers.training.training_log import (
     MetricsFile,
     TargetShare,
     TrainingLog,
-    log_picture,
     save_profile,
     start_trackers,
     tracker_may_fail,
 )
-
-# ---- the parts of a run that need its flags
-
-
-def due(step: int, every: int | None) -> bool:
-    """Whether what is done every so many steps is to be done after this one."""
-    return bool(every) and step % (every or 1) == 0
-
-
-def describe_run(args: argparse.Namespace, images: TrainingImages, **known: Any) -> dict[str, Any]:
-    """What a resumed run must share with this one."""
-    kept = {name: getattr(args, name) for name in KEPT}
-    return {**kept, **images.manifest(), "num_classes": images.num_classes, **known}
-
-
-def describe_settings(
-    args: argparse.Namespace, accelerator: Accelerator, network: ModelMixin, max_steps: int
-) -> dict[str, Any]:
-    """What a resumed run should share with this one."""
-    settings = {name: getattr(args, name) for name in flags.NOTICED_FLAGS} | {
-        "mixed_precision": accelerator.mixed_precision
-    }
-    settings |= {name: value for name, value in network.config.items() if not name.startswith("_")}
-    if args.lr_scheduler not in ("constant", "constant_with_warmup"):
-        settings["steps_of_schedule"] = max_steps
-    as_saved: dict[str, Any] = json.loads(json.dumps(settings))
-    return as_saved
-
-
-def end(accelerator: Accelerator, hub: HubUpload | None, output_dir: Path, patience: float = 1800) -> None:
-    """Say what is on the Hub, waiting so many seconds for uploads, and end processes and trackers in order."""
-    if hub is not None:
-        hub.report(output_dir, patience)
-    settle_communication()
-    with tracker_may_fail():
-        accelerator.end_training()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -237,9 +203,7 @@ def main(argv: list[str] | None = None) -> None:
             project_dir=Path(args.output_dir) / args.logging_dir,
         )
         process_index, num_processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-        logging.basicConfig(format="%(message)s")
-        for name in (NAME, "stf_diffusers"):
-            logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+        start_logging(accelerator, NAME)
         stack.enter_context(logging_redirect_tqdm())  # lines stand above the progress bar, not within it
         places = {"process_index": process_index, "num_processes": num_processes}
         quiet, output_dir = not accelerator.is_main_process, Path(args.output_dir)
@@ -248,12 +212,8 @@ def main(argv: list[str] | None = None) -> None:
         run_folder.check_writable(output_dir)
         if accelerator.is_main_process:
             stack.enter_context(RunLock(output_dir))
-        resume = run_folder.find_checkpoint(output_dir, args.resume_from_checkpoint)
+        resume = run_folder.checkpoint_to_resume(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
         first_step = 0 if resume is None else run_folder.step_of(resume)
-        if args.resume_from_checkpoint == "latest" and resume is None:
-            logger.info("No checkpoint in %s yet: starting at step 0.", output_dir)
-        if resume is None and not args.overwrite_output_dir:
-            run_folder.refuse_occupied(output_dir, resuming=args.resume_from_checkpoint is not None)
 
         # ---- data
         with accelerator.main_process_first():
@@ -272,19 +232,12 @@ def main(argv: list[str] | None = None) -> None:
                 dataset, skip_corrupt=args.skip_corrupt, image_memory_gb=args.image_memory_gb,
                 image_cache=args.image_cache, cache_dir=args.cache_dir, quiet=quiet, **reading,
             )  # fmt: skip
-            if args.objective == "stf" and images.labels is not None:
-                alone = [label for label, count in Counter(images.labels.tolist()).items() if count == 1]
-                if alone:
-                    logger.warning("Classes of a single image have the targets of denoising score matching: %s.", alone)
         class_names = images.class_names
         data_name = public_name(args.dataset_name or args.train_data_dir) or "scikit-learn's handwritten digits"
 
         # ---- noise process and network
         pretrained = args.pretrained_model_name_or_path
-        try:
-            saved = read_metadata(pretrained, cache_dir=args.cache_dir) if pretrained else None
-        except OSError as error:
-            raise ValueError(f"--pretrained_model_name_or_path {pretrained} cannot be read: {error}") from error
+        saved = pretrained_metadata(pretrained, args.cache_dir)
         parameters = (*flags.process_flags(), *DISCRETE_PARAMETERS)
         given = {flag: getattr(args, flag) for flag in parameters if getattr(args, flag) is not None}
         begun_on = run_folder.run_of(resume).get("process", {})
@@ -303,13 +256,10 @@ def main(argv: list[str] | None = None) -> None:
                 check_same_autoencoder(vae, pretrained, args.cache_dir)
             shape, _ = check_fit(vae, pixels.__getitems__([0])["images"])
         torch.manual_seed(seed_for(args.seed))
-        labelled = {"num_classes": images.num_classes, "class_dropout": args.class_dropout, "reorient": args.reorient}
-        if pretrained:
-            network, conditioning = pretrained_network(pretrained, shape, cache_dir=args.cache_dir, **labelled)
-        else:
-            network, conditioning = new_network(
-                shape, model_config=args.model_config, cache_dir=args.cache_dir, **labelled
-            )
+        network, conditioning = choose_network(
+            shape, pretrained_model_name_or_path=pretrained, model_config=args.model_config,
+            num_classes=images.num_classes, class_dropout=args.class_dropout, reorient=args.reorient, cache_dir=args.cache_dir,
+        )  # fmt: skip
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         # An impossible range, combination or number of steps fails now, not after the training.
@@ -390,14 +340,16 @@ def main(argv: list[str] | None = None) -> None:
         averages = [average for average in (ema, PostHocAverages(network) if args.post_hoc_ema else None) if average]
 
         # ---- resume
-        manifest = {
-            "run": describe_run(
-                args, images, reference=references.kind, reference_batch_size=references.n, num_processes=num_processes,
-                share_reference=references.shared, process=process_to_config(process), sampling_range=sampling_range,
-                null_label=conditioning.null_label if args.class_dropout else None,
-            ),
-            "settings": describe_settings(args, accelerator, network, max_steps),
-        }  # fmt: skip
+        manifest = make_manifest(
+            accelerator, network, settings=flags.noticed(args, max_steps),
+            run={
+                **{name: getattr(args, name) for name in KEPT_FLAGS}, **images.manifest(),
+                "num_classes": images.num_classes, "reference": references.kind, "reference_batch_size": references.n,
+                "num_processes": num_processes, "share_reference": references.shared,
+                "process": process_to_config(process), "sampling_range": sampling_range,
+                "null_label": conditioning.null_label if args.class_dropout else None,
+            },
+        )  # fmt: skip
         if resume is not None:
             first_step = read_step(resume, manifest)
             load_checkpoint(accelerator, resume, averages)
@@ -426,55 +378,16 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
 
         # ---- what is shown and saved
-        def averaged_pipeline(step: int) -> DiffusionPipeline:
-            """The pipeline of copied weights: sampling and saving leave the trained ones alone."""
-            averaged = type(network).from_config(network.config).to(device).eval()
-            averaged.load_state_dict(network.state_dict())
-            if ema is not None:
-                ema.copy_to(averaged)
+        def make_pipeline(averaged: Network, step: int) -> DiffusionPipeline:
             metadata = {**manifest["run"], "steps": step, "images_seen": step * images_per_step}
             metadata |= {"dataset": data_name, "license": args.model_license, "vae": public_name(args.vae)}
             metadata |= {"class_names": class_names}
             return diffusers_pipeline(averaged, process, vae=vae, metadata=metadata, **sampling_range)
 
-        def save_grid(pipeline: DiffusionPipeline, step: int) -> Path:
-            grid = sample_grid(pipeline, args.num_samples, **sampling)
-            path = output_dir / run_folder.SAMPLES / f"step-{step:07d}.png"
-            if accelerator.is_main_process:
-                path.parent.mkdir(exist_ok=True)
-                grid.save(path)
-                logger.info("Samples: %s", path)
-                log_picture(accelerator, grid, step)
-            return path
-
-        def save_weights(pipeline: DiffusionPipeline) -> None:
-            if accelerator.is_main_process:
-                with run_folder.explained_write_errors("the pipeline", output_dir):
-                    save_pipeline(pipeline, output_dir, raw_network=None if ema is None else network)
-
-        def save(step: int) -> None:
-            """The pipeline, a grid of its samples, its card, and where asked for all of it on the Hub."""
-            pipeline = averaged_pipeline(step)
-            save_weights(pipeline)
-            grid = save_grid(pipeline, step)
-            if accelerator.is_main_process:
-                card = model_card(
-                    pipeline,
-                    repository=hub.repository if hub else str(output_dir),
-                    num_inference_steps=args.num_inference_steps,
-                    grid=str(grid.relative_to(output_dir)),
-                    metrics=evaluation.metrics(step) if evaluation else None,
-                )
-                card.save(output_dir / "README.md")
-                logger.info("Saved: %s", output_dir)
-                if hub:
-                    hub.push(output_dir, f"Pipeline after {step} steps", grid)
-            accelerator.wait_for_everyone()
-
-        def evaluate(step: int) -> None:
-            if evaluation is not None and evaluation.due(step, max_steps):
-                with log.paused():
-                    evaluation(averaged_pipeline(step), step)
+        saver = PipelineSaver(
+            accelerator, output_dir, network, make_pipeline, ema=ema, evaluation=evaluation, hub=hub,
+            num_samples=args.num_samples, sampling=sampling,
+        )  # fmt: skip
 
         # ---- the loop
         log, target_share = TrainingLog(accelerator), TargetShare(device)
@@ -488,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
             initial=first_step, total=max_steps, desc="Training", unit="step",
             disable=not accelerator.is_local_main_process,
         )  # fmt: skip
-        evaluate(first_step)  # where the run was stopped before it could
+        saver.evaluate(first_step, max_steps, log)  # where the run was stopped before it could
         model.train()
         stop.defer()
         for step in range(first_step + 1, max_steps + 1):
@@ -539,26 +452,26 @@ def main(argv: list[str] | None = None) -> None:
                 check_finite(network, step)
                 save_checkpoint(accelerator, output_dir, step, averages, manifest, args.checkpoints_total_limit)
             if stopping:
-                save_weights(averaged_pipeline(step))
+                saver.save_weights(saver.averaged(step))
                 logger.info(
                     "Stopped by a signal after step %d; %s can be sampled, and --resume_from_checkpoint latest continues.",
                     step, output_dir,
                 )  # fmt: skip
-                end(accelerator, hub, output_dir, patience=20)
+                saver.end(patience=20)
                 raise SystemExit(REQUEUE_EXIT_CODE)
-            evaluate(step)
+            saver.evaluate(step, max_steps, log)
             if step < max_steps and save_due:
-                save(step)
+                saver.save(step)
             elif step < max_steps and due(step, sample_steps):
-                save_grid(averaged_pipeline(step), step)
+                saver.save_grid(saver.averaged(step), step)
         progress.close()
 
         # ---- save
-        save(max(first_step, max_steps))
+        saver.save(max(first_step, max_steps))
         profile = log.profile.result()
         if accelerator.is_main_process and profile["rows"]:
             save_profile(profile, output_dir / run_folder.SAMPLES / "noise_levels.png")
-        end(accelerator, hub, output_dir)
+        saver.end()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from .evaluation import Evaluation
 from .hub_upload import HubUpload
 from .sampling import sample_grid
 from .stop_signal import settle_communication
-from .training_log import log_picture, tracker_may_fail
+from .training_log import TrainingLog, log_picture, tracker_may_fail
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,12 @@ class PipelineSaver:
             if self.hub:
                 self.hub.push(self.output_dir, f"Pipeline after {step} steps", grid)
         self.accelerator.wait_for_everyone()
+
+    def evaluate(self, step: int, max_steps: int, log: TrainingLog) -> None:
+        """Evaluate the pipeline where that is due; the time does not count as training."""
+        if self.evaluation is not None and self.evaluation.due(step, max_steps):
+            with log.paused():
+                self.evaluation(self.averaged(step), step)
 
     def end(self, patience: float = 1800) -> None:
         """Say what is on the Hub, waiting so many seconds for uploads, and end processes and trackers in order."""
