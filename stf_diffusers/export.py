@@ -315,6 +315,11 @@ def sampling_labels(network: Network, metadata: dict[str, Any]) -> list[int]:
     return [label for label in range(embeddings) if label != metadata.get("null_label")]
 
 
+def is_consistency_model(metadata: dict[str, Any]) -> bool:
+    """Whether a saved folder's metadata say that its network is a consistency model, which samples in one step."""
+    return metadata.get("consistency") is not None
+
+
 def read_metadata(
     pretrained_model_name_or_path: str | os.PathLike[str], cache_dir: str | None = None
 ) -> dict[str, Any]:
