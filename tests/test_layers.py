@@ -49,6 +49,7 @@ TRAINING: list[set[str]] = [
     {"training.image_cache"},
     {"training.image_data"},
     {f"training.{name}" for name in ("streaming", "latents", "evaluation")},
+    {"training.consistency_levels"},
 ]
 LAYERS = [*CORE, *ABOVE_DIFFUSERS, *TRAINING]
 
