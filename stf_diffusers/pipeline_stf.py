@@ -292,13 +292,19 @@ class STFPipeline(DiffusionPipeline):
             after_step = self._after_step(progress, discretization.times[:-1], on_step_end)
             return sample_ode(denoise, latents, discretization, method=method, on_step_end=after_step)
 
-    def _few_step_samples(
-        self, denoise: Denoiser, latents: Tensor, num_steps: int, sigmas: Any, generator: Any, on_step_end: Any
-    ) -> Tensor:
+    def consistency_levels(
+        self, num_inference_steps: int, sigmas: Sequence[float] | Tensor | None = None
+    ) -> list[float]:
+        """The N noise levels that the steps of "consistency" start from: the largest, and `sigmas` as in a call."""
         low, high = self._sigma_range()
         low = 0.0 if self.process.scheduler_family == "edm" else low  # EDM networks are trained at all levels
         saved = self._metadata.get("consistency_sigmas")
-        levels = [high, *intermediate_levels(num_steps, high, sigmas=sigmas, saved=saved, sigma_min=low)]
+        return [high, *intermediate_levels(num_inference_steps, high, sigmas=sigmas, saved=saved, sigma_min=low)]
+
+    def _few_step_samples(
+        self, denoise: Denoiser, latents: Tensor, num_steps: int, sigmas: Any, generator: Any, on_step_end: Any
+    ) -> Tensor:
+        levels = self.consistency_levels(num_steps, sigmas)
         with self.progress_bar(total=num_steps) as progress:
             after_step = self._after_step(progress, torch.tensor(levels, dtype=torch.float64), on_step_end)
             return sample_consistency(denoise, latents, levels, generator=generator, on_step_end=after_step)
@@ -353,14 +359,12 @@ class STFPipeline(DiffusionPipeline):
         """
         if not kwargs.get("safe_serialization", True):
             raise ValueError(
-                "safe_serialization=False saves pickles, which run code when loaded and which from_pretrained does not "
-                "read. Leave it out: weights are saved as safetensors."
+                "safe_serialization=False saves pickles, which from_pretrained does not read. Leave it out."
             )
         self._check_parts()
         network, metadata = network_of(self), self.scheduler.config.get(METADATA_KEY)
-        sampling_range: dict[str, Any] = {}
-        if self.process.scheduler_family == "edm":
-            sampling_range = dict(zip(("sigma_min", "sigma_max"), self._sigma_range(), strict=True))
+        edm = self.process.scheduler_family == "edm"
+        sampling_range = dict(zip(("sigma_min", "sigma_max"), self._sigma_range(), strict=True)) if edm else {}
         stock = diffusers_pipeline(network, self.process, vae=self.autoencoder, metadata=metadata, **sampling_range)
         if type(self.scheduler).__module__.startswith("diffusers."):
             stock.register_modules(scheduler=self.scheduler)

@@ -1,6 +1,7 @@
 """Few-step sampling of consistency models: closed forms, formulas written out, the same folder in plain Diffusers."""
 
 import math
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -15,6 +16,7 @@ from oracles import images, normal, worst
 from stf_diffusers import STFPipeline, network_denoiser
 from stf_diffusers.consistency_sampling import intermediate_levels, sample_consistency
 from stf_diffusers.export import diffusers_pipeline, save_pipeline
+from stf_diffusers.model_card import model_card
 
 float64 = torch.float64
 POINTS = (images(6, 1, 4, 4, seed=3, dtype=float64) > 0).double() * 1.6 - 0.8
@@ -299,3 +301,21 @@ def test_the_consistency_scheduler_of_diffusers_differs_by_a_factor_in_the_times
     mended = stock(generator=seeds(4), **call).images
     handle.remove()
     assert np.abs(mended - exact).max() < 1e-5 and np.abs(found - exact).max() > 1e-3
+
+
+def test_the_card_says_how_a_consistency_model_is_sampled(folder):
+    card = model_card(STFPipeline.from_pretrained(folder), repository=str(folder), num_inference_steps=35).content
+    assert "An unconditional image consistency model, 4×4" in card and "- consistency-model" in card
+    assert "| noise levels between steps | 2 steps: 0.7; 3 steps: 2, 0.5 |" in card
+    assert "Heun" not in card and "num_inference_steps=35" not in card and "takes a single step without it" not in card
+    results, seen = [], []
+    for snippet in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
+        load, call = snippet.split("images = ")
+        names = {"seeds": seeds(4)}
+        exec(load, names)  # noqa: S102
+        names["pipe"].unet.register_forward_pre_hook(lambda *_: seen.append(1))
+        exec("images = " + call.replace("batch_size=4", "batch_size=4, generator=seeds"), names)  # noqa: S102
+        results.append((len(seen), np.stack([np.asarray(image) for image in names["images"]]).astype(int)))
+        seen.clear()
+    assert [evaluations for evaluations, _ in results] == [1, 2, 2]
+    assert np.abs(results[1][1] - results[2][1]).max() < np.abs(results[1][1] - results[0][1]).max()
