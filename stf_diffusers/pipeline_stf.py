@@ -25,14 +25,7 @@ from tqdm.auto import tqdm
 
 from .consistency_sampling import intermediate_levels, sample_consistency
 from .denoising import Denoiser, network_denoiser
-from .export import (
-    METADATA_KEY,
-    diffusers_pipeline,
-    is_consistency_model,
-    network_of,
-    process_of,
-    sampling_labels,
-)
+from .export import METADATA_KEY, diffusers_pipeline, is_consistency_model, network_of, process_of, sampling_labels
 from .posterior import check_tensor
 from .sampling_call import (
     callback_after_step,
@@ -359,7 +352,8 @@ class STFPipeline(DiffusionPipeline):
         """
         if not kwargs.get("safe_serialization", True):
             raise ValueError(
-                "safe_serialization=False saves pickles, which from_pretrained does not read. Leave it out."
+                "safe_serialization=False saves pickles, which run code when loaded and which from_pretrained does not "
+                "read. Leave it out: weights are saved as safetensors."
             )
         self._check_parts()
         network, metadata = network_of(self), self.scheduler.config.get(METADATA_KEY)
