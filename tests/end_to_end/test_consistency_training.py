@@ -79,11 +79,11 @@ def test_the_loss_falls_on_the_digits(tmp_path):
     """From scratch, in one stage, so that losses are comparable."""
     (tmp_path / "net.json").write_text(json.dumps(TINY))
     train([
-        "--model_config", tmp_path / "net.json", "--output_dir", tmp_path / "run", "--max_train_steps", 60,
+        "--model_config", tmp_path / "net.json", "--output_dir", tmp_path / "run", "--max_train_steps", 80,
         "--num_stages", 1, "--learning_rate", 3e-3, "--lr_warmup_steps", 0, "--report_to", "none",
     ], main)  # fmt: skip
-    losses = [line["loss"] for line in metrics(tmp_path / "run")[1:]]
-    assert losses[-1] < 0.7 * losses[0]
+    losses = [line["loss"] for line in metrics(tmp_path / "run")[1:]]  # means over ten steps
+    assert losses[-1] < 0.8 * losses[0]
     said = metadata(tmp_path / "run")
     assert said["objective"] == "stf" and said["reference"] == "bank" and said["reference_batch_size"] == 1797
     assert said["consistency"]["num_stages"] == 1 and said["process"]["name"] == "edm"
@@ -139,7 +139,6 @@ def test_each_flag_of_its_own_changes_the_training(flags, tmp_path):
     train(flags(), main)
     (tmp_path / "run").rename(tmp_path / "base")
     for flag, value in OWN_FLAGS.items():
-        # The pretrained pipeline's sigma_data is a part of its weights' meaning, so that another is tried from scratch.
         train(flags(flag, value, "--overwrite_output_dir"), main)
         assert not same(weights(tmp_path / "base", "unet_raw"), weights(tmp_path / "run", "unet_raw")), flag
     train(flags("--sigma_max", 20, "--sigma_min", 0.01, "--overwrite_output_dir"), main)
@@ -155,7 +154,7 @@ def test_one_reference_is_easy_consistency_tuning(flags, tmp_path):
         "one": ["--reference_batch_size", 1],
         "two": ["--reference_batch_size", 2],
     }.items():
-        train(flags(*more, "--train_batch_size", 1, "--output_dir", tmp_path / name), main)
+        train(flags(*more, "--train_batch_size", 1, "--p_mean", 3, "--output_dir", tmp_path / name), main)
         outcomes[name] = weights(tmp_path / name, "unet_raw")
     assert same(outcomes["ect"], outcomes["one"]) and not same(outcomes["ect"], outcomes["two"])
     train(flags("--reference_batch_size", 4), main)
