@@ -95,6 +95,8 @@ def find_samples(args: argparse.Namespace) -> tuple[list[Path], dict[str, Any]]:
         how = json.loads(settings.read_text())
         steps, first = how["num_inference_steps"], how["seed"]
         sampler = f"{how['solver']}, {steps} steps"
+        if how.get("sigmas"):
+            sampler += f" over {', '.join(f'{sigma:g}' for sigma in how['sigmas'])}"
         if how["guidance_scale"] != 1:
             sampler += f", guidance {how['guidance_scale']:g}"
         if how["class_label"] is not None:

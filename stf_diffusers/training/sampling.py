@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DiTPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -42,16 +42,18 @@ def sample_images(
     label_of: Callable[[int], int] | None = None,
     batch_size: int,
     num_inference_steps: int,
+    sigmas: Sequence[float] | None = None,
 ) -> list[Image.Image]:
     """The images with these numbers, each a function of the pipeline, its number's seed and its label alone.
 
     Args:
-        pipeline: as `diffusers_pipeline` makes it.
+        pipeline: as `diffusers_pipeline` makes it, or an `STFPipeline`, which samples by its `default_solver`.
         indices: numbers of the images.
         seed_of: an image's seed, by its number.
         label_of: an image's class, by its number. None: all that the network knows in turn.
         batch_size: images at a time.
         num_inference_steps: sampling steps.
+        sigmas: for the `STFPipeline` of any network, sampled as a consistency model: levels between the steps.
     """
     pipeline.set_progress_bar_config(disable=True)
     labels = sampling_labels(network_of(pipeline), pipeline.scheduler.config[METADATA_KEY])
@@ -61,8 +63,10 @@ def sample_images(
         generators = [torch.Generator("cpu").manual_seed(seed_of(index)) for index in which]
         # `DiTPipeline` has no batch size, and guides by itself.
         how: dict[str, Any] = (
-            {"guidance_scale": 1.0} if hasattr(pipeline, "transformer") else {"batch_size": len(which)}
+            {"guidance_scale": 1.0} if isinstance(pipeline, DiTPipeline) else {"batch_size": len(which)}
         )
+        if sigmas is not None:
+            how |= {"solver": "consistency", "sigmas": sigmas}
         if labels:
             how["class_labels"] = [label_of(index) if label_of else labels[index % len(labels)] for index in which]
         with torch.device("cpu"):  # Diffusers makes tensors on the default device, whatever that of the pipeline is
