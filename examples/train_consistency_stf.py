@@ -108,10 +108,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     flags.add_training_flags(parser)
 
-    flags.add_evaluation_and_hub_flags(flags.add_report_flags(parser))
+    report = flags.add_report_flags(parser)
+    report.add_argument("--search_levels", action=argparse.BooleanOptionalAction, default=True,
+        help="At the end, search for the noise level between two steps whose samples are nearest to the training images, "
+             "by --eval_extractor or by pixels.")
+    flags.add_evaluation_and_hub_flags(report)
     flags.add_refused_flags(parser, REFUSED_FLAGS)
     parser.set_defaults(
-        output_dir="consistency-model", learning_rate=5e-4, lr_scheduler="constant_with_warmup", lr_warmup_steps=100
+        output_dir="consistency-model", learning_rate=3e-4, lr_scheduler="constant_with_warmup", lr_warmup_steps=100
     )
 
     args = parser.parse_args(argv)
@@ -149,6 +153,7 @@ from stf_diffusers.training.checkpoints import (
     read_step,
     save_checkpoint,
 )
+from stf_diffusers.training.consistency_levels import search_for_images
 from stf_diffusers.training.data_set import load_split, public_name
 from stf_diffusers.training.evaluation import Evaluation
 from stf_diffusers.training.hub_upload import HubUpload
@@ -226,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"--pretrained_model_name_or_path {pretrained} was trained on {saved['process']['name']}, and consistency "
                 "models are trained on EDM alone. Pass a pipeline that was trained with --noise_process edm."
             )
-        given = {name: getattr(args, name) for name in ("sigma_data", "sigma_min", "sigma_max")}
+        given = {name: getattr(args, name) for name in ("sigma_data", "sigma_min", "sigma_max", "p_mean", "p_std")}
         given = {name: value for name, value in given.items() if value is not None}
         if begun_on := run_folder.run_of(resume).get("process"):
             given.setdefault("sigma_data", begun_on["sigma_data"])
@@ -256,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
             evaluation = Evaluation(
                 accelerator, images, output_dir, eval_extractor=args.eval_extractor, eval_steps=args.eval_steps,
                 eval_num_samples=args.eval_num_samples, data_name=data_name, first_step=first_step,
-                cache_dir=args.cache_dir, **sampling,
+                consistency_steps=(2,), cache_dir=args.cache_dir, **sampling,
             )  # fmt: skip
 
         # ---- references
@@ -345,10 +350,13 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
 
         # ---- what is shown and saved
+        levels: dict[str, list[float]] = {}  # between the steps, by their number; found at the end
+
         def make_pipeline(averaged: Network, step: int) -> DiffusionPipeline:
             metadata = {**manifest["run"], "steps": step, "images_seen": step * images_per_step}
             metadata |= {"dataset": data_name, "license": args.model_license, "class_names": class_names}
             metadata |= {"consistency": {name: getattr(args, name) for name in SCHEDULE_FLAGS}}
+            metadata |= {"consistency_sigmas": levels} if levels else {}
             return diffusers_pipeline(averaged, process, metadata=metadata, **sampling_range)
 
         saver = PipelineSaver(
@@ -368,7 +376,8 @@ def main(argv: list[str] | None = None) -> None:
             initial=first_step, total=max_steps, desc="Training", unit="step",
             disable=not accelerator.is_local_main_process,
         )  # fmt: skip
-        saver.evaluate(first_step, max_steps, log)  # where the run was stopped before it could
+        if first_step < max_steps:
+            saver.evaluate(first_step, max_steps, log)  # where the run was stopped before it could
         model.train()
         stop.defer()
         for step in range(first_step + 1, max_steps + 1):
@@ -436,15 +445,25 @@ def main(argv: list[str] | None = None) -> None:
                 )  # fmt: skip
                 saver.end(patience=20)
                 raise SystemExit(REQUEUE_EXIT_CODE)
-            saver.evaluate(step, max_steps, log)
-            if step < max_steps and save_due:
-                saver.save(step)
-            elif step < max_steps and due(step, sample_steps):
-                saver.save_grid(saver.averaged(step), step)
+            if step < max_steps:
+                saver.evaluate(step, max_steps, log)
+                if save_due:
+                    saver.save(step)
+                elif due(step, sample_steps):
+                    saver.save_grid(saver.averaged(step), step)
         progress.close()
 
         # ---- save
-        saver.save(max(first_step, max_steps))
+        last = max(first_step, max_steps)
+        if args.search_levels:
+            search = search_for_images(
+                saver.averaged(last), images, evaluation.extractor if evaluation else None, seed=args.seed + 1,
+                num_samples=args.eval_num_samples, batch_size=sampling["batch_size"], cache_dir=args.cache_dir, quiet=quiet,
+            )  # fmt: skip
+            levels |= {str(steps): between for steps, between in search.sigmas.items()}
+            logger.info("Between two steps: noise of level %g, the best of %d.", *search.sigmas[2], len(search.tried))
+        saver.evaluate(last, max_steps, log)
+        saver.save(last)
         profile = log.profile.result()
         if accelerator.is_main_process and profile["rows"]:
             save_profile(profile, output_dir / run_folder.SAMPLES / "noise_levels.png")

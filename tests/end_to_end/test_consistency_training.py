@@ -14,9 +14,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DModel
+from PIL import Image
 
 from oracles import images, normal
-from stf_diffusers import EDM, ConsistencyTrainingObjective
+from stf_diffusers import EDM, ConsistencyTrainingObjective, STFPipeline
+from stf_diffusers.feature_extractors import transformers_features
+from stf_diffusers.metrics import FeatureStatistics, frechet_distance
+from stf_diffusers.training.consistency_levels import CANDIDATES
+from stf_diffusers.training.sampling import as_pixels
 from tiny import (
     CPU,
     ROOT,
@@ -35,6 +40,7 @@ from tiny import (
 from train_consistency_stf import main
 
 NAME = "train_consistency_stf.py"
+FEW = ["--eval_num_samples", 6]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,8 @@ def flags(tmp_path, image_folder, start):
         return [
             "--train_data_dir", image_folder, "--pretrained_model_name_or_path", model or start(),
             "--output_dir", tmp_path / "run", "--train_batch_size", 4, "--max_train_steps", 2, "--num_samples", 2,
-            "--lr_warmup_steps", 0, "--learning_rate", 1e-3, "--report_to", "none", "--logging_steps", 1, *more,
+            "--lr_warmup_steps", 0, "--learning_rate", 1e-3, "--report_to", "none", "--logging_steps", 1,
+            "--no-search_levels", *more,
         ]  # fmt: skip
 
     return make
@@ -80,7 +87,7 @@ def test_the_loss_falls_on_the_digits(tmp_path):
     (tmp_path / "net.json").write_text(json.dumps(TINY))
     train([
         "--model_config", tmp_path / "net.json", "--output_dir", tmp_path / "run", "--max_train_steps", 80,
-        "--num_stages", 1, "--learning_rate", 3e-3, "--lr_warmup_steps", 0, "--report_to", "none",
+        "--num_stages", 1, "--learning_rate", 3e-3, "--lr_warmup_steps", 0, "--report_to", "none", "--no-search_levels",
     ], main)  # fmt: skip
     losses = [line["loss"] for line in metrics(tmp_path / "run")[1:]]  # means over ten steps
     assert losses[-1] < 0.8 * losses[0]
@@ -106,7 +113,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(flags, start, tmp_path):
 
 
 def test_stopped_by_a_signal_and_resumed(flags, tmp_path):
-    argv = flags("--max_train_steps", 200, "--checkpointing_steps", 200, "--num_stages", 3)
+    argv = flags("--max_train_steps", 120, "--checkpointing_steps", 120, "--num_stages", 3)
     run = Processes(run_as_script, argv, NAME)
     (process,) = run.members
     file, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 90
@@ -229,9 +236,10 @@ def test_two_processes_equal_one(tmp_path, fresh_accelerate_state):
 
 def test_a_bank_shared_by_two_processes_is_the_bank(flags, tmp_path):
     for name, more in {"shared": ["--share_reference"], "whole": []}.items():
-        argv = flags("--reference", "bank", *more, "--output_dir", tmp_path / name)
+        argv = flags("--reference", "bank", *more, "--output_dir", tmp_path / name, "--search_levels", *FEW)
         assert "2 steps of 8 images; processes: 2." in launch(argv, processes=2, name=NAME)
     shared, whole = (weights(tmp_path / name, "unet_raw") for name in ("shared", "whole"))
+    assert metadata(tmp_path / "shared")["consistency_sigmas"] == metadata(tmp_path / "whole")["consistency_sigmas"]
     assert max(float((shared[key] - whole[key]).abs().max()) for key in whole) < 1e-5
 
 
@@ -269,6 +277,36 @@ def test_plain_diffusers_makes_the_images_of_the_script_in_one_step(flags, tmp_p
     assert np.abs(np.rint(plain * 255).astype(int) - grid_of(tmp_path / "run")).max() <= 1
 
 
+def test_two_steps_are_searched_for_and_evaluated(flags, extractor, image_folder, tmp_path):
+    """The last record's distance in two steps, computed here from the saved folder, at the level that was found."""
+    run, more = tmp_path / "run", ["--eval_steps", 1, "--eval_extractor", extractor, *FEW]
+    train(flags("--search_levels", *more), main)
+    first, last = json.loads((run / "evaluations.json").read_text())
+    (level,) = metadata(run)["consistency_sigmas"]["2"]
+    assert level in CANDIDATES and last["sigmas_2_steps"] == [level] and first["sigmas_2_steps"] == [0.5]
+    pipe = STFPipeline.from_pretrained(run)
+    images = pipe(6, num_inference_steps=2, generator=generators(6)).images
+    compute = transformers_features(str(extractor), device="cpu")
+    data = [Image.open(path) for path in sorted(image_folder.rglob("*.png"))]
+    statistics = [FeatureStatistics.of(compute(as_pixels(part))) for part in (images, data)]
+    assert last["frechet_distance_2_steps"] == pytest.approx(frechet_distance(*statistics), rel=1e-3)
+    assert last["frechet_distance_2_steps"] != last["frechet_distance"]
+    assert (
+        f"Fréchet distance in 2 steps, likewise | {last['frechet_distance_2_steps']:.4g}"
+        in (run / "README.md").read_text()
+    )
+    kept = min((first, last), key=lambda record: record["frechet_distance"])
+    assert json.loads((run / "best" / "evaluation.json").read_text()) == kept
+
+
+def test_a_level_is_found_by_pixels_and_by_a_run_that_has_no_step_left(flags, tmp_path):
+    train(flags(), main)
+    assert "consistency_sigmas" not in metadata(tmp_path / "run")
+    train(flags("--search_levels", *FEW, "--resume_from_checkpoint", "latest"), main)
+    (level,) = metadata(tmp_path / "run")["consistency_sigmas"]["2"]
+    assert level in CANDIDATES
+
+
 REFUSED = {
     "--vae x": "--vae: consistency models are trained on pixels; leave it out.",
     "--streaming": "--streaming: consistency models are trained on images that can be read in any order",
@@ -281,7 +319,7 @@ REFUSED = {
     "--objective ect --reference bank": "have no effect with --objective ect",
     "--objective ect --reference_batch_size 8": "no effect with --objective ect",
     "--sigma_min 10 --sigma_max 1": "0 < sigma_min < sigma_max",
-    "--pretrained_model_name_or_path no-such-folder": "--pretrained_model_name_or_path no-such-folder cannot be read",
+    "--pretrained_model_name_or_path /nowhere": "--pretrained_model_name_or_path /nowhere cannot be read",
     "--class_conditional": "num_classes was None and is 2",
 }
 
