@@ -16,18 +16,7 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
-import torch
-from accelerate import PartialState
-from diffusers.utils import make_image_grid
-from PIL import Image
-from tqdm.auto import tqdm
-
-from stf_diffusers import STFPipeline
-from stf_diffusers.export import METADATA_KEY, network_of, sampling_labels
-from stf_diffusers.files import replacing
-from stf_diffusers.training.command_line import Parser, run
-from stf_diffusers.training.sampling import SETTINGS
+from stf_diffusers.training.command_line import Parser, errors_in_flags, run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,12 +26,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_images", type=int, default=64, help="Number of images.")
     parser.add_argument("--seed", type=int, default=0, help="Random seed for the first image; image k has seed + k.")
     parser.add_argument("--batch_size", type=int, default=64, help="Batch size per process.")
-    parser.add_argument("--num_inference_steps", type=int, default=18, help="Number of sampling steps.")
+    parser.add_argument(
+        "--num_inference_steps", type=int, help="Number of sampling steps. Default: 18, or 1 for consistency models."
+    )
     parser.add_argument(
         "--solver",
-        choices=["heun", "euler", "rk45", "scheduler"],
-        default="heun",
-        help="Solver of the probability-flow ODE.",
+        choices=["heun", "euler", "rk45", "scheduler", "consistency"],
+        help="Solver of the probability-flow ODE, or few steps of a consistency model. Default: what the model was trained "
+        "for, heun or consistency.",
+    )
+    parser.add_argument(
+        "--sigmas",
+        type=float,
+        nargs="+",
+        help="Noise levels between the steps of a consistency model, decreasing. Default: those saved with it.",
     )
     parser.add_argument(
         "--class_label",
@@ -52,11 +49,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--npz", action="store_true", help="Pack `images` (N, H, W, C) and `labels` into samples.npz.")
     args = parser.parse_args(argv)
     for name in ("num_images", "batch_size", "num_inference_steps"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1; got {getattr(args, name)}.")
     if args.seed < 0:
         parser.error(f"--seed must not be negative; got {args.seed}.")
     return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a mistyped flag do not wait for the imports below, which take seconds
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm.auto import tqdm
+
+from stf_diffusers import STFPipeline
+from stf_diffusers.export import METADATA_KEY, network_of, sampling_labels
+from stf_diffusers.files import replacing
+from stf_diffusers.image_grid import image_grid, names_of_labels
+from stf_diffusers.sampling_call import check_solver, default_steps
+from stf_diffusers.training.run_folder import check_writable
+from stf_diffusers.training.sampling import SETTINGS
 
 
 def image_path(folder: Path, index: int, suffix: str = ".png") -> Path:
@@ -76,12 +91,21 @@ def check_folder(args: argparse.Namespace, model: str) -> dict[str, object]:
     """What decides an image; a folder begun with other settings is refused.
 
     Raises:
-        ValueError: the folder holds images of another model, of other settings, or more than are asked for.
+        ValueError: the folder holds images of another model, of other settings, or more than are asked for; or cannot be
+            written.
     """
+    with errors_in_flags(vars(args)):
+        check_writable(args.output_dir)
     names = ("seed", "num_inference_steps", "solver", "class_label", "guidance_scale")
     settings = {"model": model, **{name: getattr(args, name) for name in names}}
+    if args.solver == "consistency":
+        settings["sigmas"] = args.sigmas
     path = args.output_dir / SETTINGS
-    if path.is_file() and (before := json.loads(path.read_text())) != settings:
+    try:
+        before = json.loads(path.read_text()) if path.is_file() else settings
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Choose another folder.") from error
+    if before != settings:
         differing = [
             f"{name} ({before.get(name)} there, {value} now)"
             for name, value in settings.items()
@@ -125,6 +149,12 @@ def main(argv: list[str] | None = None) -> None:
         args.class_label = int(number)
     if args.guidance_scale != 1 and null_label is None:
         raise ValueError("--guidance_scale needs a model that was trained with a dropped condition; this one was not.")
+    args.solver = args.solver or pipeline.default_solver
+    args.num_inference_steps = args.num_inference_steps or default_steps(args.solver, args.sigmas)
+    with errors_in_flags(vars(args)):
+        check_solver(args.solver, args.guidance_scale, None, args.sigmas)
+        if args.solver == "consistency":
+            args.sigmas = pipeline.consistency_levels(args.num_inference_steps, args.sigmas)[1:]
     settings = check_folder(args, fingerprint(pipeline))
     suffix = ".png" if pipeline.channels in (1, 3, 4) else ".npy"
     missing = [index for index in range(args.num_images) if not image_path(args.output_dir, index, suffix).exists()]
@@ -152,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
             class_labels=[label(index) for index in indices] if classes else None,
             guidance_scale=args.guidance_scale,
             solver=args.solver,
+            sigmas=args.sigmas,
             generator=[torch.Generator().manual_seed(args.seed + index) for index in indices],
             output_type="pil" if suffix == ".png" else "np",
         ).images
@@ -170,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         if suffix == ".png":
             columns = math.isqrt(min(64, args.num_images))
             shown = [Image.open(path) for path in paths[: columns * columns]]
-            make_image_grid(shown, columns, columns).save(args.output_dir / "grid.png")
+            names = names_of_labels([label(index) for index in range(len(shown))], metadata.get("class_names"))
+            image_grid(shown, columns, names).save(args.output_dir / "grid.png")
         if args.npz:
             arrays = [read(path) for path in paths]
             packed = np.stack(arrays).reshape(args.num_images, *arrays[0].shape[:2], -1)

@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
+from .consistency_sampling import intermediate_levels, is_consistency_model
 from .export import (
     METADATA_KEY,
     image_shape,
@@ -27,7 +28,7 @@ _TEMPLATE = """---
 
 # {title}
 
-{kind} image diffusion model, {height}×{width}, {channels} channel(s), {parameters:.1f} M parameters,
+{kind} image {what}, {height}×{width}, {channels} channel(s), {parameters:.1f} M parameters,
 {target}.
 
 | | |
@@ -45,15 +46,15 @@ images = pipe({arguments}, num_inference_steps={steps}).images
 
 {advice}
 
-With `stf_diffusers` installed, Heun's method (Karras et al. 2022) in 18 steps, 35 evaluations of the network:
+With `stf_diffusers` installed, {solver}:
 
 ```python
 from stf_diffusers import STFPipeline
 
 pipe = STFPipeline.from_pretrained("{repository}")
-images = pipe(batch_size=4, num_inference_steps=18{more}).images
+images = pipe(batch_size=4, num_inference_steps={more_steps}{more}).images
 ```
-{picture}{measured}
+{two_steps}{picture}{measured}
 ## Citation
 
 ```bibtex
@@ -66,6 +67,27 @@ images = pipe(batch_size=4, num_inference_steps=18{more}).images
 ```
 """
 
+_HEUN = "Heun's method (Karras et al. 2022) in 18 steps, 35 evaluations of the network"
+_TWO_STEPS = "two steps (Song et al. 2023, Algorithm 1), with fresh noise of level {level:g} between them"
+
+_PLAIN_TWO_STEPS = """
+Nearly the same two steps in plain Diffusers, whose SDE solver keeps a share ({level:g} / {sigma_max:g})² of the first noise:
+
+```python
+from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler
+
+pipe = DiffusionPipeline.from_pretrained("{repository}")
+pipe.scheduler = EDMDPMSolverMultistepScheduler.from_config(
+    pipe.scheduler.config, algorithm_type="sde-dpmsolver++", sigma_min={level:g}
+)
+images = pipe({arguments}, num_inference_steps=2).images
+```
+"""
+
+_CONSISTENCY_ADVICE = (
+    "It is a consistency model: one step is how it samples, and what this pipeline class takes by default. More steps of the "
+    "saved scheduler follow an ODE, for which this network was not made."
+)
 _ADVICE = {
     "ConsistencyModelPipeline": "Always pass `num_inference_steps`: this pipeline class takes a single step without it, "
     "which is far too few for this model.",
@@ -95,11 +117,12 @@ _MEASURED = """
 """
 
 _TARGETS = {
+    "ect": "tuned by Easy Consistency Tuning (Geng et al., 2024) with `stf_diffusers`",
     "stf": "trained on the Stable Target Field (Xu et al., ICLR 2023) with `stf_diffusers`",
     "dsm": "trained by denoising score matching with `stf_diffusers`",
     None: "sampled with `stf_diffusers`",
 }
-_TAGS = {"stf": ["stable-target-field"], "dsm": ["denoising-score-matching"], None: []}
+_TAGS = {"stf": ["stable-target-field"], "dsm": ["denoising-score-matching"], "ect": [], None: []}
 
 
 def model_card(
@@ -117,7 +140,7 @@ def model_card(
     Args:
         pipeline: the pipeline; rows of the card that its metadata does not tell are left out.
         repository: what `from_pretrained` is to be given: a repository id or a folder.
-        num_inference_steps: number of sampling steps shown.
+        num_inference_steps: number of sampling steps shown; for a consistency model, one is.
         dataset: name of the training data, as a person would recognise it. None: that in the metadata.
         grid: path of a sample grid beside the card, to be shown in it.
         license: an identifier the Hub knows. None: that in the metadata; without one, no licence is claimed.
@@ -143,14 +166,26 @@ def model_card(
     if channels not in (1, 3, 4):
         more.append('output_type="np"')
         arguments.append('output_type="np"')
+    advice = _ADVICE["discrete" if type(pipeline.scheduler).__name__ in DISCRETE_SCHEDULERS else stock.__name__]
+    fields = {
+        "what": "diffusion model",
+        "tag": "diffusion",
+        "steps": num_inference_steps,
+        "advice": advice,
+        "solver": _HEUN,
+        "more_steps": 18,
+    }
+    if is_consistency_model(metadata):
+        fields |= _consistency_fields(pipeline.scheduler.config, process, repository, ", ".join(arguments))
     header = ModelCardData(
         library_name="diffusers",
         license=license or metadata.get("license"),
         pipeline_tag="unconditional-image-generation",
-        tags=[*_TAGS[objective], "diffusion"],
+        tags=[*_TAGS[objective], fields["tag"]],
     )
     return ModelCard(
         _TEMPLATE.format(
+            **{"two_steps": "", **fields},
             header=header.to_yaml(),
             title=repository.rstrip("/").split("/")[-1],
             kind="A class-conditional" if metadata.get("num_classes", len(classes)) else "An unconditional",
@@ -161,15 +196,32 @@ def model_card(
             target=_TARGETS[objective],
             rows=_table(_training_rows(metadata, process, objective, dataset)),
             repository=repository,
-            steps=num_inference_steps,
             more="".join(f", {argument}" for argument in more),
             arguments=", ".join(arguments),
-            advice=_ADVICE["discrete" if type(pipeline.scheduler).__name__ in DISCRETE_SCHEDULERS else stock.__name__],
             picture=_PICTURE.format(grid=grid) if grid else "",
             measured=_MEASURED.format(rows=_table({k: f"{v:.4g}" for k, v in metrics.items()})) if metrics else "",
         ),
         ignore_metadata_errors=False,
     )
+
+
+def _consistency_fields(
+    config: Mapping[str, Any], process: NoiseProcess, repository: str, arguments: str
+) -> dict[str, Any]:
+    """What the card of a consistency model says of sampling."""
+    sigma_max = config.get("sigma_max") or process.sampling_range()[1]
+    (level,) = intermediate_levels(2, sigma_max, saved=config[METADATA_KEY].get("consistency_sigmas"))
+    numbers = {"level": level, "sigma_max": sigma_max}
+    plain = _PLAIN_TWO_STEPS.format(**numbers, repository=repository, arguments=arguments)
+    return {
+        "what": "consistency model",
+        "tag": "consistency-model",
+        "steps": 1,
+        "advice": _CONSISTENCY_ADVICE,
+        "solver": _TWO_STEPS.format(level=level),
+        "more_steps": 2,
+        "two_steps": plain if process.scheduler_family == "edm" else "",
+    }
 
 
 def _training_rows(
@@ -190,6 +242,7 @@ def _training_rows(
         "stf": f"{metadata.get('reference_batch_size', 0):,}"
         + (" (all of the data)" if metadata.get("reference") == "bank" else ""),
         "dsm": "none (denoising score matching)",
+        "ect": "none (Easy Consistency Tuning)",
     }
     return {
         "data": dataset or metadata.get("dataset"),
@@ -198,6 +251,10 @@ def _training_rows(
         "references per target": references.get(objective or ""),
         "optimizer steps": f"{metadata['steps']:,}" if "steps" in metadata else None,
         "images seen": f"{metadata['images_seen']:,}" if "images_seen" in metadata else None,
+        "noise levels between steps": "; ".join(
+            f"{steps} steps: {', '.join(f'{level:g}' for level in levels)}"
+            for steps, levels in (metadata.get("consistency_sigmas") or {}).items()
+        ),
         "weights": {True: "averaged over the training (EMA)", False: "as trained"}.get(metadata.get("use_ema", "")),
     }
 

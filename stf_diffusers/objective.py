@@ -82,7 +82,7 @@ class STFTrainingObjective:
                 "Diffusers scheduler use STFTrainingObjective.from_scheduler(scheduler)."
             )
         if prediction_type is not None:
-            prediction_coefficients(prediction_type, torch.ones(1), torch.ones(1))
+            prediction_coefficients(prediction_type, torch.ones(1, device="cpu"), torch.ones(1, device="cpu"))
         if distribution is not None and not isinstance(distribution, NoiseDistribution):
             raise TypeError(
                 f"distribution must be a NoiseDistribution such as LogNormal(-0.4, 1.2); got "

@@ -2,12 +2,9 @@
 
 # No deferred annotations here: Diffusers reads those of __init__ when it loads a folder.
 import inspect
-import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional, Union
 
 import torch
@@ -21,22 +18,14 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
-from diffusers.utils import BaseOutput, make_image_grid
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .consistency_sampling import intermediate_levels, is_consistency_model, sample_consistency
 from .denoising import Denoiser, network_denoiser
-from .export import (
-    METADATA_KEY,
-    diffusers_pipeline,
-    network_of,
-    process_of,
-    sampling_labels,
-)
-from .model_card import model_card
+from .export import METADATA_KEY, diffusers_pipeline, network_of, process_of, sampling_labels
 from .posterior import check_tensor
 from .sampling_call import (
     callback_after_step,
@@ -45,10 +34,12 @@ from .sampling_call import (
     check_output_type,
     check_solver,
     checked_class_labels,
+    default_steps,
 )
 from .solvers import Discretization, sample_ode, sample_rk45
+from .upload import upload_pipeline
 
-Solver = Literal["heun", "euler", "rk45", "scheduler"]
+Solver = Literal["heun", "euler", "rk45", "scheduler", "consistency"]
 
 
 @dataclass
@@ -115,6 +106,15 @@ class STFPipeline(DiffusionPipeline):
         """Number of steps of the last call, for callbacks."""
         return self._num_timesteps
 
+    @property
+    def default_solver(self) -> Solver:
+        """The solver of a call that names none: "consistency" if the folder says that it is such a model, else "heun"."""
+        return "consistency" if is_consistency_model(self._metadata) else "heun"
+
+    @property
+    def _metadata(self) -> dict[str, Any]:
+        return self.scheduler.config.get(METADATA_KEY) or {}
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "STFPipeline":
         """As `DiffusionPipeline.from_pretrained`, except that weights are read from safetensors only.
@@ -131,10 +131,10 @@ class STFPipeline(DiffusionPipeline):
     def __call__(
         self,
         batch_size: int = 1,
-        num_inference_steps: int = 18,
+        num_inference_steps: int | None = None,
         class_labels: Tensor | Sequence[int] | Sequence[str] | int | str | None = None,
         guidance_scale: float = 1.0,
-        solver: Solver = "heun",
+        solver: Solver | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
@@ -143,18 +143,21 @@ class STFPipeline(DiffusionPipeline):
         *,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         tolerance: float = 1e-5,
+        sigmas: Sequence[float] | Tensor | None = None,
     ) -> STFPipelineOutput | tuple[Any]:
         """Sample images.
 
         Args:
             batch_size: B.
-            num_inference_steps: N. "heun" evaluates the network 2N - 1 times, "euler" and "scheduler" N times; "rk45"
-                chooses its steps itself.
+            num_inference_steps: N. "heun" evaluates the network 2N - 1 times, the others N times; "rk45" chooses its steps
+                itself. None: 18; 1 for "consistency", or one more than there are `sigmas`.
             class_labels: for a class-conditional network, one label for each image or one for all, or the names of classes
                 that were saved with it.
             guidance_scale: scale of classifier-free guidance (1: none); the network must know a dropped condition.
             solver: solver of the probability-flow ODE: "heun" or "euler" on Karras et al. 2022's steps (eq. 5); "rk45",
-                adaptive (needs scipy); or "scheduler", the saved Diffusers scheduler's own.
+                adaptive (needs scipy); or "scheduler", the saved Diffusers scheduler's own. "consistency": the network is a
+                consistency model, which makes images in one step, or few with fresh noise between them. None: the
+                pipeline's `default_solver`.
             generator: one generator, or a list with one for each image: then image k is a function of generator k
                 alone, whatever the batch.
             latents: (B, C, H, W) standard normal, instead of draws.
@@ -167,6 +170,8 @@ class STFPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: names of the tensors that the callback is given; only "latents".
             tolerance: relative and absolute tolerance of each step of "rk45". Errors add up along the path: images of a
                 trained VE or VP network are off by a few hundred times the tolerance.
+            sigmas: the N - 1 noise levels between the steps of "consistency", decreasing. None: those saved for N, or else
+                those of `intermediate_levels`.
 
         Raises:
             ValueError: arguments that do not fit the network or each other.
@@ -175,32 +180,43 @@ class STFPipeline(DiffusionPipeline):
         self._check_parts()
         process_of(self.scheduler, network_of(self))  # either may have been replaced
         generator = list(generator) if isinstance(generator, tuple) else generator
+        solver = self.default_solver if solver is None else solver
+        num_inference_steps = default_steps(solver, sigmas) if num_inference_steps is None else num_inference_steps
         check_counts(batch_size=batch_size, num_inference_steps=num_inference_steps)
         check_generator(generator, batch_size)
-        check_solver(solver, guidance_scale, callback_on_step_end)
+        check_solver(solver, guidance_scale, callback_on_step_end, sigmas)
         check_output_type(output_type, self.channels)
         on_step_end = callback_after_step(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._num_timesteps = num_inference_steps
         labels = self._labels(class_labels, batch_size, self._execution_device)
         latents = self._initial_noise(batch_size, generator, latents)
-        if solver == "scheduler":
-            images, evaluations = self._scheduler_samples(latents, num_inference_steps, labels, generator, on_step_end)
-        else:
-            denoise = network_denoiser(
-                network_of(self),
-                self.process,
-                class_labels=labels,
-                guidance_scale=guidance_scale,
-                null_label=self.scheduler.config.get(METADATA_KEY, {}).get("null_label"),
-            )
-            if solver == "rk45":
-                images, evaluations = self._adaptive_samples(denoise, latents, tolerance)
-            else:
-                images = self._ode_samples(denoise, latents, num_inference_steps, solver, on_step_end)
-                evaluations = 2 * num_inference_steps - 1 if solver == "heun" else num_inference_steps
+        images, evaluations = self._samples(
+            solver, num_inference_steps, latents, labels, guidance_scale, generator, on_step_end, tolerance, sigmas
+        )
         result = self._output(images, output_type)
         self.maybe_free_model_hooks()
         return STFPipelineOutput(images=result, num_evaluations=evaluations) if return_dict else (result,)
+
+    def _samples(
+        self, solver: Solver, num_steps: int, latents: Tensor, labels: Tensor | None, guidance_scale: float,
+        generator: Any, on_step_end: Any, tolerance: float, sigmas: Any,
+    ) -> tuple[Tensor, int]:  # fmt: skip
+        """Images as the network has them, and the number of its evaluations."""
+        if solver == "scheduler":
+            return self._scheduler_samples(latents, num_steps, labels, generator, on_step_end)
+        denoise = network_denoiser(
+            network_of(self),
+            self.process,
+            class_labels=labels,
+            guidance_scale=guidance_scale,
+            null_label=self._metadata.get("null_label"),
+        )
+        if solver == "rk45":
+            return self._adaptive_samples(denoise, latents, tolerance)
+        if solver == "consistency":
+            return self._few_step_samples(denoise, latents, num_steps, sigmas, generator, on_step_end), num_steps
+        images = self._ode_samples(denoise, latents, num_steps, solver, on_step_end)
+        return images, 2 * num_steps - 1 if solver == "heun" else num_steps
 
     def _output(self, images: Tensor, output_type: str) -> Any:
         if output_type == "latent":
@@ -236,7 +252,7 @@ class STFPipeline(DiffusionPipeline):
         return int(config.get("out_channels") or config["in_channels"])
 
     def _labels(self, class_labels: Any, batch_size: int, device: torch.device) -> Tensor | None:
-        plain = sampling_labels(network_of(self), self.scheduler.config.get(METADATA_KEY) or {})
+        plain = sampling_labels(network_of(self), self._metadata)
         if not plain:
             if class_labels is not None:
                 raise ValueError("the network is unconditional: leave class_labels out.")
@@ -250,7 +266,7 @@ class STFPipeline(DiffusionPipeline):
         config = network_of(self).config
         # The transformer has one more embedding than its config says, for the dropped condition.
         classes = config["num_embeds_ada_norm"] + 1 if "num_embeds_ada_norm" in config else config["num_class_embeds"]
-        names = (self.scheduler.config.get(METADATA_KEY) or {}).get("class_names") or ()
+        names = self._metadata.get("class_names") or ()
         return checked_class_labels(class_labels, batch_size, classes, device, names)
 
     def _sigma_range(self) -> tuple[float, float]:
@@ -265,14 +281,35 @@ class STFPipeline(DiffusionPipeline):
         self, denoise: Denoiser, latents: Tensor, num_steps: int, method: Literal["heun", "euler"], on_step_end: Any
     ) -> Tensor:
         discretization = Discretization.edm(num_steps, *self._sigma_range())
-        timesteps = self.process.timestep(self.process.time_of(discretization.times[:-1]))
         with self.progress_bar(total=num_steps) as progress:
-
-            def after_step(step: int, x: Tensor) -> Tensor:
-                progress.update()
-                return on_step_end(step, timesteps[step], x)
-
+            after_step = self._after_step(progress, discretization.times[:-1], on_step_end)
             return sample_ode(denoise, latents, discretization, method=method, on_step_end=after_step)
+
+    def consistency_levels(
+        self, num_inference_steps: int, sigmas: Sequence[float] | Tensor | None = None
+    ) -> list[float]:
+        """The N noise levels that the steps of "consistency" start from: the largest, and `sigmas` as in a call."""
+        low, high = self._sigma_range()
+        low = 0.0 if self.process.scheduler_family == "edm" else low  # EDM networks are trained at all levels
+        saved = self._metadata.get("consistency_sigmas")
+        return [high, *intermediate_levels(num_inference_steps, high, sigmas=sigmas, saved=saved, sigma_min=low)]
+
+    def _few_step_samples(
+        self, denoise: Denoiser, latents: Tensor, num_steps: int, sigmas: Any, generator: Any, on_step_end: Any
+    ) -> Tensor:
+        levels = self.consistency_levels(num_steps, sigmas)
+        with self.progress_bar(total=num_steps) as progress:
+            after_step = self._after_step(progress, torch.tensor(levels, dtype=torch.float64), on_step_end)
+            return sample_consistency(denoise, latents, levels, generator=generator, on_step_end=after_step)
+
+    def _after_step(self, progress: Any, levels: Tensor, on_step_end: Any) -> Callable[[int, Tensor], Tensor]:
+        timesteps = self.process.timestep(self.process.time_of(levels))
+
+        def after_step(step: int, x: Tensor) -> Tensor:
+            progress.update()
+            return on_step_end(step, timesteps[step], x)
+
+        return after_step
 
     def _adaptive_samples(self, denoise: Denoiser, latents: Tensor, tolerance: float) -> tuple[Tensor, int]:
         sigma_min, sigma_max = self._sigma_range()
@@ -320,9 +357,8 @@ class STFPipeline(DiffusionPipeline):
             )
         self._check_parts()
         network, metadata = network_of(self), self.scheduler.config.get(METADATA_KEY)
-        sampling_range: dict[str, Any] = {}
-        if self.process.scheduler_family == "edm":
-            sampling_range = dict(zip(("sigma_min", "sigma_max"), self._sigma_range(), strict=True))
+        edm = self.process.scheduler_family == "edm"
+        sampling_range = dict(zip(("sigma_min", "sigma_max"), self._sigma_range(), strict=True)) if edm else {}
         stock = diffusers_pipeline(network, self.process, vae=self.autoencoder, metadata=metadata, **sampling_range)
         if type(self.scheduler).__module__.startswith("diffusers."):
             stock.register_modules(scheduler=self.scheduler)
@@ -356,40 +392,7 @@ class STFPipeline(DiffusionPipeline):
         Raises:
             huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
         """
-        api = HfApi(token=token)
-        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            self.save_pretrained(folder, variant=variant)
-            grid = None
-            if num_samples > 0 and self.channels in (1, 3, 4):
-                grid = "samples/grid.png"
-                (folder / "samples").mkdir()
-                self._grid(num_samples).save(folder / grid)
-            card = model_card(
-                self,
-                repository=repository,
-                num_inference_steps=35,
-                dataset=dataset,
-                grid=grid,
-                license=license,
-                metrics=metrics,
-            )
-            card.save(folder / "README.md")
-            commit = api.upload_folder(
-                repo_id=repository, folder_path=folder, commit_message=commit_message, create_pr=create_pr
-            )
-        return commit.commit_url
-
-    def _grid(self, count: int) -> Image.Image:
-        labels = sampling_labels(network_of(self), self.scheduler.config.get(METADATA_KEY) or {})
-        images = self(
-            count,
-            class_labels=[labels[k % len(labels)] for k in range(count)] if labels else None,
-            generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
-            return_dict=False,
-        )[0]
-        columns = math.ceil(math.sqrt(count))
-        rows = math.ceil(count / columns)
-        blank = Image.new("RGB", images[0].size)
-        return make_image_grid(images + [blank] * (rows * columns - count), rows, columns)
+        return upload_pipeline(
+            self, repo_id, commit_message=commit_message, private=private, token=token, create_pr=create_pr,
+            variant=variant, dataset=dataset, license=license, metrics=metrics, num_samples=num_samples,
+        )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, SupportsFloat
 
 import torch
@@ -33,16 +33,27 @@ def check_generator(generator: Any, batch_size: int) -> None:
         raise ValueError(f"{len(generator)} generators for {batch_size} images: pass one, or one for each image.")
 
 
-def check_solver(solver: str, guidance_scale: Any, callback: Any) -> None:
+def check_solver(solver: str, guidance_scale: Any, callback: Any, sigmas: Any) -> None:
     """Raise TypeError or ValueError unless the solver is known, and has what is asked of it."""
-    if solver not in ("heun", "euler", "rk45", "scheduler"):
-        raise ValueError(f"solver must be 'heun', 'euler', 'rk45' or 'scheduler'; got {solver!r}.")
+    if solver not in ("heun", "euler", "rk45", "scheduler", "consistency"):
+        raise ValueError(f"solver must be 'heun', 'euler', 'rk45', 'scheduler' or 'consistency'; got {solver!r}.")
     if not isinstance(guidance_scale, SupportsFloat) or not math.isfinite(guidance_scale):
         raise TypeError(f"guidance_scale must be a finite number; got {guidance_scale!r}. Pass 1.0 for no guidance.")
     if solver == "scheduler" and guidance_scale != 1:
         raise ValueError("solver='scheduler' has no guidance: pass guidance_scale=1.0, or another solver.")
     if callback is not None and solver == "rk45":
         raise ValueError("callback_on_step_end needs steps: pass solver='heun', 'euler' or 'scheduler'; got 'rk45'.")
+    if sigmas is not None and solver != "consistency":
+        raise ValueError(f"sigmas are the levels between the steps of solver='consistency'; got solver={solver!r}.")
+
+
+def default_steps(solver: str, sigmas: Any) -> int:
+    """N where a call does not say: 18 (Karras et al.'s for CIFAR-10), and for a consistency model one more than `sigmas`."""
+    if solver != "consistency" or sigmas is None:
+        return 18 if solver != "consistency" else 1
+    if not isinstance(sigmas, Sized):
+        raise TypeError(f"sigmas must be a list of noise levels; got {sigmas!r}.")
+    return len(sigmas) + 1
 
 
 def check_output_type(output_type: str, channels: int) -> None:

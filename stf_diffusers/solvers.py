@@ -144,8 +144,8 @@ def check_generators(generator: Generators, batch_size: int) -> None:
         raise ValueError(f"{len(generator)} generators for {batch_size} images: pass one generator, or one per image.")
 
 
-def _standard_normal(like: Tensor, generator: Generators) -> Tensor:
-    # Drawn where the generator is, so that a seed gives the same images on every device.
+def draw_noise(like: Tensor, generator: Generators) -> Tensor:
+    """Standard normal noise of that shape and dtype, drawn where the generator is: a seed is the same on every device."""
     if isinstance(generator, Sequence):
         rows = [torch.randn(like.shape[1:], generator=g, device=g.device, dtype=like.dtype) for g in generator]
         return torch.stack([row.to(like.device) for row in rows])
@@ -213,7 +213,7 @@ def sample_ode(
         gamma = churn.gamma(sigma(t).item(), num_steps)
         if gamma > 0:
             # Algorithm 2, lines 4 to 6, in scaled space: a higher noise level is an earlier time.
-            noise = step_noise[i].to(x) if step_noise is not None else _standard_normal(x, generator)
+            noise = step_noise[i].to(x) if step_noise is not None else draw_noise(x, generator)
             raised = (1 + gamma) * sigma(t)
             added = churn.s_noise * (raised**2 - sigma(t) ** 2).sqrt()
             x, t = x / scale(t) + added * noise, discretization.time_of(raised)
@@ -370,7 +370,7 @@ def log_likelihood(
     batch_size, dimension = len(images), images[0].numel()
     theta_min, theta_max = math.atan(sigma_min), math.atan(sigma_max)
     if divergence == "hutchinson":
-        probes = [_standard_normal(images.to(torch.float64), generator).sign()]
+        probes = [draw_noise(images.to(torch.float64), generator).sign()]
     else:
         basis = torch.eye(dimension, dtype=torch.float64, device=images.device)
         probes = [row.reshape(images.shape[1:]).expand(images.shape) for row in basis]

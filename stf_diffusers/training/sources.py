@@ -186,7 +186,9 @@ class IndexedImages(TrainingImages, Dataset):
         while True:
             sampler.set_epoch(epoch, start)
             try:
-                yield from loader
+                with torch.device("cpu"):  # where the loader draws its seed, whatever the default device is
+                    batches = iter(loader)
+                yield from batches
             except (EOFError, OSError, RuntimeError) as error:
                 if not num_workers:
                     raise

@@ -1,5 +1,7 @@
 """`examples/generate.py`: restartable, independent of batches and processes."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 
 import generate
 from exact_networks import small_unet
-from stf_diffusers import EDM
+from stf_diffusers import EDM, STFPipeline
 from stf_diffusers.export import diffusers_pipeline, save_pipeline
 from tiny import Processes
 
@@ -94,3 +96,34 @@ def test_the_null_class_is_not_generated(tmp_path):
     save_pipeline(pipeline, tmp_path / "model")
     generate.main(run(tmp_path / "model", tmp_path / "out", "--npz", "--guidance_scale", 2))
     assert np.load(tmp_path / "out" / "samples.npz")["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_consistency_model_is_sampled_as_one(tmp_path):
+    metadata = {"consistency": {"stage": 8}, "consistency_sigmas": {"2": [0.7]}}
+    save_pipeline(diffusers_pipeline(network(3), EDM(), metadata=metadata), tmp_path / "model")
+
+    def images(name, *flags):
+        folder = tmp_path / name
+        generate.main(
+            [str(flag) for flag in ("--model", tmp_path / "model", "--output_dir", folder, "--num_images", 5, *flags)]
+        )
+        return pixels(folder, 5).astype(int), json.loads((folder / "settings.json").read_text())
+
+    one, settings = images("one")
+    assert (settings["solver"], settings["num_inference_steps"], settings["sigmas"]) == ("consistency", 1, [])
+    two, settings = images("two", "--num_inference_steps", 2, "--batch_size", 2)
+    assert (settings["num_inference_steps"], settings["sigmas"]) == (2, [0.7])
+    pipeline = STFPipeline.from_pretrained(tmp_path / "model")
+    for found, how in ((one, {}), (two, {"num_inference_steps": 2})):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(5)]
+        expected = np.stack([np.asarray(image) for image in pipeline(5, generator=generators, **how).images])
+        assert np.abs(found - expected).max() <= 1
+    assert images("own", "--sigmas", 2, 0.5)[1]["num_inference_steps"] == 3
+    for flags, message in (
+        (("--sigmas", 0.5, 2), "sigmas must decrease"),
+        (("--sigmas", 0.5, "--solver", "euler"), "the steps of --solver consistency; got --solver euler"),
+        (("--sigmas", 0.5, "--num_inference_steps", 3), "one less than --num_inference_steps 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            images("refused", *flags)
+    assert not (tmp_path / "refused").exists()

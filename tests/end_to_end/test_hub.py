@@ -271,7 +271,7 @@ def test_a_pipeline_pushes_itself(tmp_path, monkeypatch):
     with serve(hub) as endpoint:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("stf_diffusers.pipeline_stf.HfApi", lambda token: HfApi(endpoint=endpoint, token=token))
+        monkeypatch.setattr("stf_diffusers.upload.HfApi", lambda token: HfApi(endpoint=endpoint, token=token))
         pipeline = STFPipeline(stock.unet, stock.scheduler)
         pipeline.push_to_hub(
             "somebody/ve",

@@ -1,5 +1,6 @@
 """`--eval_steps` of the training script and `examples/quality_report.py`."""
 
+import argparse
 import json
 import shutil
 
@@ -197,6 +198,20 @@ def samples_folder(folder, data, copies):
         if index in copies:
             image = np.clip(data[copies[index]].astype(int) + rng.integers(-3, 4, image.shape), 0, 255)
         Image.fromarray(image.astype(np.uint8)).save(folder / "images" / f"{index:06d}.png")
+
+
+def test_few_steps_are_reported_with_their_levels(tmp_path):
+    samples_folder(tmp_path, [np.zeros((8, 8), np.uint8)], {})
+    settings = {
+        "num_inference_steps": 3,
+        "seed": 0,
+        "solver": "consistency",
+        "guidance_scale": 1.0,
+        "class_label": None,
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {"sigmas": [2.0, 0.5]}))
+    _, found = quality_report.find_samples(argparse.Namespace(samples=tmp_path))
+    assert found == {"sampler": "consistency, 3 steps over 2, 0.5", "evaluations": 3, "seeds": "0 to 11"}
 
 
 def test_report_names_planted_copies_and_only_them(image_folder, extractor, tmp_path, capsys):

@@ -10,6 +10,7 @@ from diffusers.optimization import SchedulerType
 
 import train_unconditional_stf as script
 from stf_diffusers import posterior_mean
+from stf_diffusers.training import flags
 from stf_diffusers.training.command_line import explained, in_flags, run
 from tiny import CPU, EXAMPLES, ROOT
 
@@ -65,7 +66,11 @@ def test_a_mistake_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_flags_are_parsed_before_the_slow_imports():
+SCRIPTS = ("train_unconditional_stf", "generate", "quality_report", "variance_report", "reconstruct_ema")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_flags_are_parsed_before_the_slow_imports(name):
     program = """
 import json, runpy, sys
 sys.argv = json.loads(sys.argv[1])
@@ -76,7 +81,7 @@ except SystemExit as end:
     print(end.code, slow)
 """
     for flag, code in (("--help", 0), ("--no_such_flag", 2)):
-        argv = json.dumps([str(TRAINER), flag])
+        argv = json.dumps([str(EXAMPLES / f"{name}.py"), flag])
         done = subprocess.run([sys.executable, "-c", program, argv], cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == f"{code} []"
         assert len(done.stderr.splitlines()) == (code == 2), done.stderr
@@ -102,11 +107,11 @@ def test_the_command_line_of_diffusers_script():
     script.parse_args(["--train_data_dir", "x", "--resume_from_checkpoint", "latest"])
 
 
-@pytest.mark.parametrize("flag", script.REFUSED_FLAGS)
+@pytest.mark.parametrize("flag", flags.REFUSED_FLAGS)
 def test_what_diffusers_script_has_and_this_one_has_not(flag, capsys):
     with pytest.raises(SystemExit):
         script.parse_args([flag])
-    assert script.REFUSED_FLAGS[flag] in capsys.readouterr().err
+    assert flags.REFUSED_FLAGS[flag] in capsys.readouterr().err
 
 
 def test_learning_rate_schedules_are_those_of_diffusers():
@@ -129,5 +134,5 @@ def test_learning_rate_schedules_are_those_of_diffusers():
     ],
 )
 def test_messages_name_flags(message, translated):
-    flags = vars(script.parse_args([]))
-    assert in_flags(message, flags, script.FLAG_OF, printed=script.process_flags()) == translated
+    names = vars(script.parse_args([]))
+    assert in_flags(message, names, flags.FLAG_OF, printed=flags.process_flags()) == translated
