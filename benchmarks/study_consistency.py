@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--start_steps", type=int, default=1000, help="Of the start models, with 64 images.")
     parser.add_argument("--start_learning_rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=2000, help="Of each tuning, with 64 images.")
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num_samples", type=int, default=1000, help="For each distance.")
     parser.add_argument("--minutes", type=float, default=9, help="Stop after this time, at the latest a minute later.")
@@ -129,10 +129,10 @@ def network(args: argparse.Namespace) -> Path:
 
 
 def tunings(args: argparse.Namespace) -> list[Tuning]:
-    """All runs, each after its start model."""
-    return [
-        run for seed in range(args.seeds) for run in (Tuning(None, seed, start=True), *(Tuning(n, seed) for n in SIZES))
-    ]
+    """All runs: the start models, then the two ends of the comparison, then what lies between."""
+    seeds = range(args.seeds)
+    tuned = [Tuning(n, seed) for n in (0, None, 1024, 256) for seed in seeds]
+    return [*(Tuning(None, seed, start=True) for seed in seeds), *tuned]
 
 
 def averaged(run: Tuning, step: int, args: argparse.Namespace) -> STFPipeline:

@@ -16,19 +16,7 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
-import torch
-from accelerate import PartialState
-from diffusers.utils import make_image_grid
-from PIL import Image
-from tqdm.auto import tqdm
-
-from stf_diffusers import STFPipeline
-from stf_diffusers.export import METADATA_KEY, network_of, sampling_labels
-from stf_diffusers.files import replacing
-from stf_diffusers.sampling_call import check_solver, default_steps
 from stf_diffusers.training.command_line import Parser, errors_in_flags, run
-from stf_diffusers.training.sampling import SETTINGS
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,6 +56,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    parse_args()  # --help and a mistyped flag do not wait for the imports below, which take seconds
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm.auto import tqdm
+
+from stf_diffusers import STFPipeline
+from stf_diffusers.export import METADATA_KEY, network_of, sampling_labels
+from stf_diffusers.files import replacing
+from stf_diffusers.image_grid import image_grid, names_of_labels
+from stf_diffusers.sampling_call import check_solver, default_steps
+from stf_diffusers.training.run_folder import check_writable
+from stf_diffusers.training.sampling import SETTINGS
+
+
 def image_path(folder: Path, index: int, suffix: str = ".png") -> Path:
     return folder / "images" / f"{index:06d}{suffix}"
 
@@ -85,14 +91,21 @@ def check_folder(args: argparse.Namespace, model: str) -> dict[str, object]:
     """What decides an image; a folder begun with other settings is refused.
 
     Raises:
-        ValueError: the folder holds images of another model, of other settings, or more than are asked for.
+        ValueError: the folder holds images of another model, of other settings, or more than are asked for; or cannot be
+            written.
     """
+    with errors_in_flags(vars(args)):
+        check_writable(args.output_dir)
     names = ("seed", "num_inference_steps", "solver", "class_label", "guidance_scale")
     settings = {"model": model, **{name: getattr(args, name) for name in names}}
     if args.solver == "consistency":
         settings["sigmas"] = args.sigmas
     path = args.output_dir / SETTINGS
-    if path.is_file() and (before := json.loads(path.read_text())) != settings:
+    try:
+        before = json.loads(path.read_text()) if path.is_file() else settings
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Choose another folder.") from error
+    if before != settings:
         differing = [
             f"{name} ({before.get(name)} there, {value} now)"
             for name, value in settings.items()
@@ -188,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         if suffix == ".png":
             columns = math.isqrt(min(64, args.num_images))
             shown = [Image.open(path) for path in paths[: columns * columns]]
-            make_image_grid(shown, columns, columns).save(args.output_dir / "grid.png")
+            names = names_of_labels([label(index) for index in range(len(shown))], metadata.get("class_names"))
+            image_grid(shown, columns, names).save(args.output_dir / "grid.png")
         if args.npz:
             arrays = [read(path) for path in paths]
             packed = np.stack(arrays).reshape(args.num_images, *arrays[0].shape[:2], -1)

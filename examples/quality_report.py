@@ -19,21 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from accelerate import PartialState
-from PIL import Image
-from torch import Tensor
-
-from stf_diffusers.feature_extractors import FeatureExtractor, inception_features, transformers_features
-from stf_diffusers.metrics import NearestNeighbors, nearest_neighbors
-from stf_diffusers.quality import sample_quality
 from stf_diffusers.training.command_line import Parser, errors_in_flags, run
-from stf_diffusers.training.data_set import load_split
-from stf_diffusers.training.evaluation import SMALLEST, data_features, gathered
-from stf_diffusers.training.image_data import ImageColumn, open_images
-from stf_diffusers.training.sampling import SETTINGS, as_pixels
-from stf_diffusers.training.stop_signal import settle_communication
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,6 +58,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.batch_size < 1:
         parser.error(f"--batch_size must be at least 1; got {args.batch_size}.")
     return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a mistyped flag do not wait for the imports below, which take seconds
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+
+from stf_diffusers.feature_extractors import FeatureExtractor, inception_features, transformers_features
+from stf_diffusers.metrics import NearestNeighbors, nearest_neighbors
+from stf_diffusers.quality import sample_quality
+from stf_diffusers.training.data_set import load_split
+from stf_diffusers.training.evaluation import SMALLEST, data_features, gathered
+from stf_diffusers.training.image_data import ImageColumn, open_images
+from stf_diffusers.training.run_folder import check_writable
+from stf_diffusers.training.sampling import SETTINGS, as_pixels
+from stf_diffusers.training.stop_signal import settle_communication
 
 
 def find_samples(args: argparse.Namespace) -> tuple[list[Path], dict[str, Any]]:
@@ -125,9 +131,15 @@ def read(paths: list[Path]) -> Tensor:
     """(n, C, H, W) uint8 pixels.
 
     Raises:
-        ValueError: images of different sizes or modes.
+        ValueError: images of different sizes or modes, or that cannot be decoded.
     """
-    images = [Image.open(path) for path in paths]
+    images = []
+    for path in paths:
+        try:
+            images.append(Image.open(path))
+            images[-1].load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} cannot be decoded: {error}. Remove it, or generate it again.") from error
     kinds = {(image.size, image.mode) for image in images}
     if len(kinds) > 1 or images[0].mode not in ("L", "RGB", "RGBA"):
         raise ValueError(f"samples must be alike in size and in mode, L, RGB or RGBA; got {sorted(kinds)}.")
@@ -137,7 +149,10 @@ def read(paths: list[Path]) -> Tensor:
 def make_extractor(args: argparse.Namespace, device: torch.device) -> FeatureExtractor:
     if args.inception_weights:
         return inception_features(args.inception_weights, device=device)
-    return transformers_features(args.extractor, device=device, cache_dir=args.cache_dir)
+    try:
+        return transformers_features(args.extractor, device=device, cache_dir=args.cache_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--extractor {args.extractor} cannot be loaded: {error}") from error
 
 
 def picture(samples: Tensor, train: Tensor, found: NearestNeighbors, chosen: Tensor) -> Image.Image:
@@ -160,6 +175,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(args: argparse.Namespace) -> None:
     state = PartialState()
+    check_writable(args.output_dir)
     paths, how = find_samples(args)
     samples = read(paths)
     train = load(args, args.split, tuple(samples.shape[1:]), not state.is_main_process)

@@ -13,10 +13,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
-
-from stf_diffusers.export import network_of, save_pipeline
-from stf_diffusers.training.averages import reconstruct, snapshots_of
 from stf_diffusers.training.command_line import Parser, errors_in_flags, run
 
 
@@ -28,11 +24,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+if __name__ == "__main__":
+    parse_args()  # --help and a mistyped flag do not wait for the imports below, which take seconds
+
+from diffusers import DiffusionPipeline
+
+from stf_diffusers.export import network_of, save_pipeline
+from stf_diffusers.training.averages import reconstruct, snapshots_of
+from stf_diffusers.training.run_folder import check_writable
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.output_dir.resolve() == args.model.resolve():
         raise ValueError("--output_dir is the trained model's own folder. Choose another.")
     with errors_in_flags(vars(args) | {"post_hoc_ema": None}):
+        check_writable(args.output_dir)
         weights = reconstruct(snapshots_of(args.model), args.sigma_rel)
     try:
         pipeline = DiffusionPipeline.from_pretrained(args.model, use_safetensors=True)

@@ -20,20 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
-
-from stf_diffusers import ReferenceBank, __version__, target_variance
-from stf_diffusers.diagnostics import TargetVariance
-from stf_diffusers.files import replacing
-from stf_diffusers.noise import NOISE_PROCESSES, NoiseProcess
+from stf_diffusers.noise import NOISE_PROCESSES
 from stf_diffusers.training.command_line import Parser, errors_in_flags, run
-from stf_diffusers.training.data_set import find_image_column, find_label_column, load_split, read_labels
-from stf_diffusers.training.image_column import with_images, without_corrupt
-from stf_diffusers.training.image_reader import decode_all, make_reader
-from stf_diffusers.variance_report import MeasuredData, advise, draw, report_page, without_nan
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -101,6 +89,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not 0 < args.min_noise_level < args.max_noise_level < math.inf:
         parser.error("--min_noise_level must be positive and below --max_noise_level, which is finite.")
     return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a mistyped flag do not wait for the imports below, which take seconds
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from stf_diffusers import ReferenceBank, __version__, target_variance
+from stf_diffusers.diagnostics import TargetVariance
+from stf_diffusers.files import replacing
+from stf_diffusers.noise import NoiseProcess
+from stf_diffusers.training.data_set import find_image_column, find_label_column, load_split, read_labels
+from stf_diffusers.training.image_column import with_images, without_corrupt
+from stf_diffusers.training.image_reader import decode_all, make_reader
+from stf_diffusers.training.run_folder import check_writable
+from stf_diffusers.variance_report import MeasuredData, advise, draw, report_page, without_nan
 
 
 def load_images(args: argparse.Namespace) -> tuple[Tensor, Tensor | None, MeasuredData]:
@@ -187,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     begun = time.perf_counter()
     process = make_process(args)
     with errors_in_flags(vars(args)):
+        check_writable(args.output_dir)
         images, labels, data = load_images(args)
     bank = ReferenceBank(images, labels, device="cuda" if torch.cuda.is_available() else "cpu")
     rows = measure(args, process, bank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,11 @@ def sample_consistency(
         replaced = None if on_step_end is None else on_step_end(i, x)
         x = x if replaced is None else replaced.to(x)
     return x
+
+
+def is_consistency_model(metadata: Mapping[str, Any]) -> bool:
+    """Whether a saved folder's metadata say that its network is a consistency model, which samples in one step."""
+    return metadata.get("consistency") is not None
 
 
 def intermediate_levels(

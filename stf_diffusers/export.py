@@ -34,7 +34,9 @@ from .scheduler_process import SchedulerProcess
 from .stock_schedulers import (
     DISCRETE,
     DISCRETE_SCHEDULERS,
+    on_cpu,
     process_of_scheduler,
+    refuse_learned_variances,
     scheduler_from_config,
     scheduler_to_config,
     trained_betas,
@@ -93,6 +95,7 @@ def process_from_config(config: dict[str, Any]) -> NoiseProcess:
     return process
 
 
+@on_cpu
 def sampling_scheduler(
     process: NoiseProcess, sigma_min: float | None = None, sigma_max: float | None = None, *, scales_input: bool = False
 ) -> (
@@ -166,8 +169,10 @@ def process_of(scheduler: Any, network: Any = None) -> NoiseProcess:
     """The process that the network was trained on, by its own config or that of the scheduler beside it.
 
     Raises:
-        ValueError: neither config says, or the scheduler's noise levels or prediction type are not those of the process.
+        ValueError: neither config says, or the scheduler's noise levels or prediction type are not those of the process;
+            or the network predicts variances too.
     """
+    refuse_learned_variances(type(scheduler).__name__, scheduler.config, None if network is None else network.config)
     metadata = scheduler.config.get(METADATA_KEY) or {}
     if network is not None:
         metadata = network.config.get(METADATA_KEY) or metadata
@@ -315,11 +320,7 @@ def sampling_labels(network: Network, metadata: dict[str, Any]) -> list[int]:
     return [label for label in range(embeddings) if label != metadata.get("null_label")]
 
 
-def is_consistency_model(metadata: dict[str, Any]) -> bool:
-    """Whether a saved folder's metadata say that its network is a consistency model, which samples in one step."""
-    return metadata.get("consistency") is not None
-
-
+@on_cpu
 def read_metadata(
     pretrained_model_name_or_path: str | os.PathLike[str], cache_dir: str | None = None
 ) -> dict[str, Any]:
@@ -329,21 +330,21 @@ def read_metadata(
 
     Raises:
         OSError: there is no such pipeline.
-        ValueError: another package trained it, and its scheduler does not say on which process.
+        ValueError: another package trained it, and its scheduler does not say on which process; or it predicts variances.
     """
     where: dict[str, Any] = {"cache_dir": cache_dir}
     # Any scheduler class, any model class reads the file.
     config = DDPMScheduler.load_config(pretrained_model_name_or_path, subfolder="scheduler", **where)
-    if METADATA_KEY in config:
-        return dict(config[METADATA_KEY])
-    part = (
-        "transformer"
-        if "transformer" in DiffusionPipeline.load_config(pretrained_model_name_or_path, **where)
-        else "unet"
-    )
+    parts = DiffusionPipeline.load_config(pretrained_model_name_or_path, **where)
+    part = "transformer" if "transformer" in parts else "unet"
     network = UNet2DModel.load_config(pretrained_model_name_or_path, subfolder=part, **where)
-    if METADATA_KEY in network:
-        return dict(network[METADATA_KEY])
+    try:
+        refuse_learned_variances(str(config.get("_class_name")), config, network)
+    except ValueError as error:
+        raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
+    for described in (config, network):
+        if METADATA_KEY in described:
+            return dict(described[METADATA_KEY])
     kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
     known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
     if not known:

@@ -8,11 +8,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
-from .consistency_sampling import intermediate_levels
+from .consistency_sampling import intermediate_levels, is_consistency_model
 from .export import (
     METADATA_KEY,
     image_shape,
-    is_consistency_model,
     network_of,
     process_from_config,
     process_to_config,

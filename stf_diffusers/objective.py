@@ -74,7 +74,7 @@ class STFTrainingObjective:
                 "Diffusers scheduler use STFTrainingObjective.from_scheduler(scheduler)."
             )
         if prediction_type is not None:
-            prediction_coefficients(prediction_type, torch.ones(1), torch.ones(1))
+            prediction_coefficients(prediction_type, torch.ones(1, device="cpu"), torch.ones(1, device="cpu"))
         self.process = process
         self.prediction_type = prediction_type
         self._sources = SourceChecks()

@@ -23,9 +23,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .consistency_sampling import intermediate_levels, sample_consistency
+from .consistency_sampling import intermediate_levels, is_consistency_model, sample_consistency
 from .denoising import Denoiser, network_denoiser
-from .export import METADATA_KEY, diffusers_pipeline, is_consistency_model, network_of, process_of, sampling_labels
+from .export import METADATA_KEY, diffusers_pipeline, network_of, process_of, sampling_labels
 from .posterior import check_tensor
 from .sampling_call import (
     callback_after_step,
@@ -299,7 +299,9 @@ class STFPipeline(DiffusionPipeline):
     ) -> Tensor:
         levels = self.consistency_levels(num_steps, sigmas)
         with self.progress_bar(total=num_steps) as progress:
-            after_step = self._after_step(progress, torch.tensor(levels, dtype=torch.float64), on_step_end)
+            after_step = self._after_step(
+                progress, torch.tensor(levels, dtype=torch.float64, device="cpu"), on_step_end
+            )
             return sample_consistency(denoise, latents, levels, generator=generator, on_step_end=after_step)
 
     def _after_step(self, progress: Any, levels: Tensor, on_step_end: Any) -> Callable[[int, Tensor], Tensor]:

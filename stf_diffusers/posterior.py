@@ -196,15 +196,30 @@ def posterior_state(
     return state
 
 
+def check_noisy(noisy: Any) -> None:
+    """Raise TypeError or ValueError unless `noisy` is a floating-point tensor (B, ...)."""
+    check_batch("noisy", noisy, "(B, ...)")
+    if not noisy.is_floating_point():
+        raise TypeError(
+            f"noisy must be floating point; got {noisy.dtype}. Scale images to [-1, 1] before adding noise."
+        )
+
+
 def coefficient_rows(alpha: Tensor | float, sigma: Tensor | float, noisy: Tensor) -> tuple[Tensor, Tensor]:
     """`alpha` and `sigma` as float64 (B,) vectors on the device of `noisy`.
 
     Raises:
+        TypeError: no number or numbers.
         ValueError: another shape or, on the CPU, a sigma that is not positive (elsewhere checking would wait).
     """
     rows = []
     for name, value in (("alpha", alpha), ("sigma", sigma)):
-        vector = torch.as_tensor(value, dtype=torch.float64, device=noisy.device)
+        try:
+            vector = torch.as_tensor(value, dtype=torch.float64, device=noisy.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{name} must be a number or a tensor ({len(noisy)},); got {type(value).__name__}."
+            ) from error
         if vector.ndim == 0:
             vector = vector.expand(noisy.shape[0])
         if vector.shape != noisy.shape[:1]:
@@ -278,12 +293,8 @@ def posterior_mean(
         ValueError: shapes that do not fit, an empty reference set, or, on the CPU, a sigma that is not positive or a
             row whose mask leaves nothing (elsewhere those rows are NaN: checking would wait for the device).
     """
-    check_batch("noisy", noisy, "(B, ...)")
+    check_noisy(noisy)
     check_tensor("reference", reference, "(n, ...)")
-    if not noisy.is_floating_point():
-        raise TypeError(
-            f"noisy must be floating point; got {noisy.dtype}. Scale images to [-1, 1] before adding noise."
-        )
     if reference.ndim == 0 or reference.shape[1:] != noisy.shape[1:]:
         raise ValueError(
             f"noisy (B, ...) and reference (n, ...) must agree after the first dimension; got {tuple(noisy.shape)} and "

@@ -106,7 +106,7 @@ def sample_quality(
     for name, value in {"extractor": extractor, "reference": reference, "sampler": sampler, "seeds": seeds}.items():
         if not value:
             raise ValueError(f"{name} is empty: a number that does not say how it was measured cannot be compared.")
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = generator or torch.Generator("cpu").manual_seed(0)
     distance = frechet_distance(FeatureStatistics.of(samples), data_statistics or FeatureStatistics.of(data))
     kernel = kernel_distance(samples, data, generator=generator)
     # Recall depends on the two numbers, and precision on the density of the data: as many of both.

@@ -25,6 +25,8 @@ from .posterior import (
 )
 from .reference_set import (
     ReferenceSet,
+    check_integers,
+    check_noisy_like,
     checked_labels,
     draw_subset,
     merged_over_processes,
@@ -79,7 +81,7 @@ class ReferenceBank(ReferenceSet):
         check_batch("images", images, "(N, ...)")
         dtype = images.dtype if dtype is None else dtype
         pixels_to_float(images[:0])
-        pixels_to_float(torch.empty(0, dtype=dtype))
+        pixels_to_float(torch.empty(0, dtype=dtype, device="cpu"))
         if dtype == torch.uint8 != images.dtype:
             raise TypeError(
                 f"the images are {images.dtype} and would be rounded to uint8. Pass uint8 pixels, or dtype=torch.float32."
@@ -173,12 +175,9 @@ class ReferenceBank(ReferenceSet):
 
         Raises:
             ValueError: shapes that do not fit, a class without images, or a subset without its sources.
+            TypeError: no tensors, noisy images that are not floating point, labels or positions that are not integers.
         """
-        if noisy.shape[1:] != self.images.shape[1:]:
-            raise ValueError(
-                f"noisy must be (B, {', '.join(map(str, self.images.shape[1:]))}) as the bank's images are; got "
-                f"{tuple(noisy.shape)}."
-            )
+        check_noisy_like(noisy, self.images.shape)
         alpha, sigma = coefficient_rows(alpha, sigma, noisy)
         labels = None if labels is None else self._known_labels(labels, noisy)
         source_index = None if source_index is None else self._known_sources(source_index, noisy)
@@ -230,9 +229,8 @@ class ReferenceBank(ReferenceSet):
         return labels
 
     def _known_sources(self, source_index: Tensor, noisy: Tensor) -> Tensor:
+        check_integers("source_index", source_index, len(noisy))
         index = source_index.cpu()
-        if index.shape != noisy.shape[:1] or index.is_floating_point():
-            raise ValueError(f"source_index must be {len(noisy)} integers; got {index.dtype} {tuple(index.shape)}.")
         if not bool(((index >= 0) & (index < self._num_images)).all()):
             raise ValueError(f"source_index must lie in [0, {self._num_images}); got {index.tolist()}.")
         return index

@@ -16,6 +16,7 @@ from torch import Tensor
 from .posterior import (
     PosteriorMean,
     PosteriorState,
+    check_noisy,
     check_tensor,
     coefficient_rows,
     pixels_to_float,
@@ -55,6 +56,7 @@ class ReferenceBatch(ReferenceSet):
     """
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, num_unconditional: int | None = None) -> None:
+        check_tensor("images", images, "(n, ...)")
         self.images, self.labels, self.num_unconditional = images, labels, num_unconditional
 
     def posterior_mean(
@@ -66,7 +68,16 @@ class ReferenceBatch(ReferenceSet):
         source_index: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> PosteriorMean:
-        """As the function of that name. Without `source_index`, the sources are the first rows."""
+        """As the function of that name. Without `source_index`, the sources are the first rows.
+
+        Raises:
+            ValueError: as that function and `check_shapes`, or a `source_index` outside the references.
+            TypeError: as that function and `check_shapes`.
+        """
+        check_noisy(noisy)
+        self.check_shapes(noisy, source_index, labels)
+        if noisy.device.type == "cpu" and source_index is not None:
+            self._check_range(source_index)
         mask = self._usable(_own_rows(noisy, source_index), labels)
         return posterior_mean(noisy, self.images, alpha=alpha, sigma=sigma, mask=mask)
 
@@ -80,6 +91,10 @@ class ReferenceBatch(ReferenceSet):
         of_whole_law = position < (len(self.images) if self.num_unconditional is None else self.num_unconditional)
         same_condition = torch.where((labels == -1)[:, None], of_whole_law, labels[:, None] == reference_labels[None])
         return same_condition | (own[:, None] == position)
+
+    def _check_range(self, own: Tensor) -> None:
+        if not bool(((own >= 0) & (own < len(self.images))).all()):
+            raise ValueError(f"source_index must lie in [0, {len(self.images)}); got {own.tolist()}.")
 
     def check_shapes(self, clean: Tensor, source_index: Tensor | None, labels: Tensor | None) -> None:
         """Check all that needs no value of a tensor.
@@ -127,8 +142,7 @@ class ReferenceBatch(ReferenceSet):
     def check_sources(self, clean: Tensor, source_index: Tensor | None, labels: Tensor | None) -> None:
         """Raise ValueError unless the references of the rows' sources are `clean` (B, ...), under their labels."""
         own = _own_rows(clean, source_index)
-        if not bool(((own >= 0) & (own < len(self.images))).all()):
-            raise ValueError(f"source_index must lie in [0, {len(self.images)}); got {own.tolist()}.")
+        self._check_range(own)
         own = own.to(self.images.device)
         sources = pixels_to_float(self.images[own].to(clean.device)).to(clean.dtype)
         # One float32 rounding apart is the same pixel: u / 127.5 - 1 and (u / 255 - 0.5) / 0.5 differ by that much.
@@ -166,6 +180,7 @@ class SharedReferences(ReferenceSet):
 
     def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
         check_tensor("images", images, "(n', ...)")
+        pixels_to_float(images[:0])  # raises TypeError for other kinds of numbers
         self.images = images
         self.labels = None if labels is None else checked_labels(labels, len(images)).to(images.device)
 
@@ -179,7 +194,12 @@ class SharedReferences(ReferenceSet):
         source_index: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> PosteriorMean:
-        """Posterior mean over the references of all processes. Collective. Arguments as for `ReferenceBank`."""
+        """Posterior mean over the references of all processes. Collective. Arguments as for `ReferenceBank`.
+
+        Raises:
+            ValueError: shapes that do not fit, labels on one side only, or no process group.
+            TypeError: no tensors, noisy images that are not floating point, labels or positions that are not integers.
+        """
 
         def state(noisy: Tensor, alpha: Tensor, sigma: Tensor, labels: Tensor | None) -> PosteriorState:
             mask = None
@@ -187,6 +207,9 @@ class SharedReferences(ReferenceSet):
                 mask = same_class(labels.to(self.labels.device), self.labels)
             return posterior_state(noisy.flatten(1), self.images, alpha, sigma, mask=mask)
 
+        check_noisy_like(noisy, self.images.shape)
+        if source_index is not None:
+            check_integers("source_index", source_index, len(noisy))
         if (labels is None) != (self.labels is None):
             raise ValueError("labels and SharedReferences(labels=...) go together: rows use references of their class.")
         if labels is not None:
@@ -277,7 +300,10 @@ def draw_subset(sources: Tensor, total: int, size: int, generator: torch.Generat
 
     Raises:
         ValueError: sources with repeats, or a size below their number or above `total`.
+        TypeError: a size that is not an int.
     """
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(f"subset_size must be an int; got {type(size).__name__}.")
     if len(sources.unique()) != len(sources):
         raise ValueError("source_index has repeats: an image counted twice would bias the target.")
     if not len(sources) <= size <= total:
@@ -301,6 +327,15 @@ def rows_of_classes(labels: Tensor, part: range) -> dict[int, range]:
         start, end = (min(max(bound, part.start), part.stop) - part.start for bound in bounds)
         found[label] = range(start, end)
     return found
+
+
+def check_noisy_like(noisy: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise TypeError or ValueError unless `noisy` is floating point, (B, ...) for references of `shape` (n, ...)."""
+    check_noisy(noisy)
+    if noisy.shape[1:] != tuple(shape[1:]):
+        raise ValueError(
+            f"noisy must be (B, {', '.join(map(str, shape[1:]))}) as the references are; got {tuple(noisy.shape)}."
+        )
 
 
 def check_integers(name: str, values: Tensor, length: int) -> None:

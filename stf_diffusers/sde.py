@@ -54,17 +54,19 @@ def sample_ancestral(
     process = process or VP()
     t = torch.arange(1, num_steps + 1, dtype=torch.float64, device="cpu") / num_steps
     betas = trained_betas(process.sigma(t) / process.alpha(t))
-    scheduler = DDPMScheduler(
-        num_steps, trained_betas=betas, clip_sample=False, prediction_type="sample", variance_type="fixed_large"
-    )
-    scheduler.set_timesteps(num_steps)
+    with torch.device("cpu"):  # where its tables are made, whatever the default device is
+        scheduler = DDPMScheduler(
+            num_steps, trained_betas=betas, clip_sample=False, prediction_type="sample", variance_type="fixed_large"
+        )
+        scheduler.set_timesteps(num_steps)
     # The scheduler's own levels, which it keeps in float32.
     signal = scheduler.alphas_cumprod.to(torch.float64)
     x = latents.to(torch.float64)
     for index in scheduler.timesteps:
         sigma = ((1 - signal[index]) / signal[index]).sqrt()
         denoised = denoise(x / signal[index].sqrt(), sigma).to(torch.float64)
-        x = scheduler.step(denoised, index, x, generator=_for_diffusers(generator)).prev_sample
+        with torch.device("cpu"):
+            x = scheduler.step(denoised, index, x, generator=_for_diffusers(generator)).prev_sample
     return x
 
 
@@ -108,7 +110,8 @@ def sample_predictor_corrector(
         raise ValueError(f"num_steps must be at least 2, one for each extreme of the noise; got {num_steps}.")
     check_generators(generator, len(latents))
     source = _for_diffusers(generator)
-    scheduler = ScoreSdeVeScheduler(num_steps, sigma_min=sigma_min, sigma_max=sigma_max)
+    with torch.device("cpu"):
+        scheduler = ScoreSdeVeScheduler(num_steps, sigma_min=sigma_min, sigma_max=sigma_max)
     levels = scheduler.discrete_sigmas.to(torch.float64).flip(0)
 
     def score(x: Tensor, sigma: Tensor) -> Tensor:
@@ -120,6 +123,8 @@ def sample_predictor_corrector(
             step = 2 * (snr * sigma) ** 2
             noise = randn_tensor(tuple(x.shape), source, x.device, x.dtype)
             x = x + step * score(x, sigma) + (2 * step).sqrt() * noise
-        predicted = scheduler.step_pred(score(x, sigma), t, x, generator=source)
+        slope = score(x, sigma)
+        with torch.device("cpu"):
+            predicted = scheduler.step_pred(slope, t, x, generator=source)
         x = predicted.prev_sample
     return predicted.prev_sample_mean

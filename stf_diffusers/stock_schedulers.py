@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
@@ -17,12 +19,28 @@ DISCRETE = "discrete"
 DISCRETE_SCHEDULERS: dict[str, type[Any]] = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, in which the tables of new schedulers are on the CPU whatever the default device is."""
+
+    @wraps(function)
+    def called(*arguments: P.args, **keywords: P.kwargs) -> R:
+        with torch.device("cpu"):
+            return function(*arguments, **keywords)
+
+    return called
+
+
 def scheduler_to_config(scheduler: Any) -> dict[str, Any]:
     """A scheduler's class and settings as JSON values, without keys that are private to a package."""
     config = json.loads(scheduler.to_json_string())
     return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
 
 
+@on_cpu
 def scheduler_from_config(config: dict[str, Any]) -> DDPMScheduler | DDIMScheduler:
     """The scheduler of a process named "discrete", the inverse of `scheduler_to_config`.
 
@@ -36,6 +54,28 @@ def scheduler_from_config(config: dict[str, Any]) -> DDPMScheduler | DDIMSchedul
     return scheduler
 
 
+def refuse_learned_variances(name: str, scheduler: Mapping[str, Any], network: Mapping[str, Any] | None = None) -> None:
+    """Raise ValueError where the config of a scheduler, or of the network beside it, tells of learned variances.
+
+    Args:
+        name: the scheduler's class.
+        scheduler: its config.
+        network: config of the network, where it is to be looked at.
+    """
+    if (variance := scheduler.get("variance_type")) in ("learned", "learned_range"):
+        raise ValueError(
+            f"this {name} with variance_type {variance!r} samples a network only if it predicts variances too, which is not "
+            "trained here. Choose another pipeline. If its network returns as many channels as it takes, set variance_type to "
+            "'fixed_small' in its scheduler_config.json."
+        )
+    if network and network.get("out_channels") and network["out_channels"] == 2 * network["in_channels"]:
+        raise ValueError(
+            f"the network returns {network['out_channels']} channels for images of {network['in_channels']}: it predicts "
+            "variances too, which is not trained here. Choose another."
+        )
+
+
+@on_cpu
 def process_of_scheduler(scheduler: Any) -> NoiseProcess:
     """What a network that another package trained was trained on, by the scheduler saved beside it.
 
@@ -46,12 +86,7 @@ def process_of_scheduler(scheduler: Any) -> NoiseProcess:
         ValueError: it means none of these, or a network that returns variances too.
     """
     config, name = scheduler.config, type(scheduler).__name__
-    if (variance := config.get("variance_type")) in ("learned", "learned_range"):
-        raise ValueError(
-            f"this {name} with variance_type {variance!r} samples a network only if it predicts variances too, which is not "
-            "trained here. Choose another pipeline. If its network returns as many channels as it takes, set variance_type to "
-            "'fixed_small' in its scheduler_config.json."
-        )
+    refuse_learned_variances(name, config)
     flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchHeunDiscreteScheduler)
     predicted = config.get("prediction_type", "flow_prediction" if flow else "epsilon")
     if flow or config.get("use_flow_sigmas"):
@@ -64,7 +99,9 @@ def process_of_scheduler(scheduler: Any) -> NoiseProcess:
         kind = DISCRETE_SCHEDULERS.get(name, DDPMScheduler)
         # Not scheduler.config: from_config takes defaults of one class for those of the other, and betas differ in theirs.
         found = kind.from_config({"clip_sample": False, **scheduler_to_config(scheduler)})
-        if torch.allclose(found.alphas_cumprod, torch.as_tensor(scheduler.alphas_cumprod).float(), atol=1e-6):
+        if torch.allclose(
+            found.alphas_cumprod, torch.as_tensor(scheduler.alphas_cumprod, device="cpu").float(), atol=1e-6
+        ):
             return SchedulerProcess(found, interpolate=True)
     raise ValueError(
         f"the config of this {name} (prediction_type {predicted!r}, num_train_timesteps "

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi
 from PIL import Image
 
 from .export import METADATA_KEY, network_of, sampling_labels
+from .image_grid import image_grid, names_of_labels
 from .model_card import model_card
 
 
@@ -58,14 +58,14 @@ def upload_pipeline(
 
 
 def _grid(pipeline: DiffusionPipeline, count: int) -> Image.Image:
-    labels = sampling_labels(network_of(pipeline), pipeline.scheduler.config.get(METADATA_KEY) or {})
+    metadata = pipeline.scheduler.config.get(METADATA_KEY) or {}
+    known = sampling_labels(network_of(pipeline), metadata)
+    labels = [known[k % len(known)] for k in range(count)] if known else []
     images = pipeline(
         count,
-        class_labels=[labels[k % len(labels)] for k in range(count)] if labels else None,
-        generator=[torch.Generator().manual_seed(seed) for seed in range(count)],
+        class_labels=labels or None,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(count)],
         return_dict=False,
     )[0]
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    blank = Image.new("RGB", images[0].size)
-    return make_image_grid(images + [blank] * (rows * columns - count), rows, columns)
+    names = names_of_labels(labels, metadata.get("class_names"))
+    return image_grid(images, math.ceil(math.sqrt(count)), names)

@@ -1,13 +1,19 @@
 """Classes by their names: in the card, in a call of the pipeline, and in generate.py."""
 
+from functools import partial
+
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 
 import generate
 from exact_networks import small_unet
 from stf_diffusers import EDM, STFPipeline
 from stf_diffusers.export import diffusers_pipeline, save_pipeline
+from stf_diffusers.image_grid import image_grid
 from stf_diffusers.model_card import model_card
+from stf_diffusers.training.sampling import sample_grid, sample_images, seed_for
 
 NAMES = ["cat", "dog", "7"]
 
@@ -49,3 +55,23 @@ def test_names_for_generate(folder, tmp_path):
     assert images("7", "c") == images("2", "d"), "a name comes before a number"
     with pytest.raises(ValueError, match="--class_label cow: the model knows 3 classes, called cat, dog, 7"):
         images("cow", "e")
+
+
+def test_names_beneath_the_images_of_grids(folder, tmp_path):
+    names = ["cat", "dog", "7", "cat"]
+    generate.main(
+        ["--model", str(folder), "--output_dir", str(tmp_path), "--num_images", "4", "--num_inference_steps", "2"]
+    )
+    images = [Image.open(generate.image_path(tmp_path, index)) for index in range(4)]
+    assert Image.open(tmp_path / "grid.png").tobytes() == image_grid(images, 2, names).tobytes()
+
+    pipe = STFPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    draws = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    images = pipe(4, class_labels=names, generator=draws).images
+    assert pipe._grid(4).tobytes() == image_grid(images, 2, names).tobytes()
+
+    plain = DiffusionPipeline.from_pretrained(folder)
+    how = {"batch_size": 2, "num_inference_steps": 2}
+    images = sample_images(plain, range(4), seed_of=partial(seed_for, 5), **how)
+    assert sample_grid(plain, 4, seed=5, **how).tobytes() == image_grid(images, 2, names).tobytes()

@@ -101,7 +101,7 @@ def test_adaptive_steps_and_likelihood():
     assert log_likelihood(denoise, x, rtol=0.1, atol=0.1).nats.isfinite().all()
 
 
-@pytest.mark.parametrize("solver", ["heun", "euler", "rk45"])
+@pytest.mark.parametrize("solver", ["heun", "euler", "rk45", "consistency"])
 def test_pipeline(solver):
     pipeline = STFPipeline(UNET, EDMHeunScheduler())
     pipeline.set_progress_bar_config(disable=True)

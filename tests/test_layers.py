@@ -29,7 +29,7 @@ CORE = [
     {"diagnostics"},
 ]
 ABOVE_DIFFUSERS = [
-    {"plotting"},
+    {"plotting", "image_grid"},
     {"variance_report", "stock_schedulers"},
     {"export", "scheduling_*", "feature_extractors", "quality", "sampling_call"},
     {"sde"},

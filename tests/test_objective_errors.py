@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from oracles import images, normal, worst
+from oracles import worst
 from processes import PROCESSES
 from stf_diffusers import (
     EDM,
@@ -13,100 +13,19 @@ from stf_diffusers import (
     FlowMatching,
     ReferenceBank,
     SchedulerProcess,
+    SharedReferences,
     STFTrainingObjective,
 )
+from stf_diffusers.reference_set import ReferenceBatch
+from wrong_calls import CALLS, I4, I12, SET_CALLS, SETS, R, X, set_call
 
 diffusers = pytest.importorskip("diffusers")
 
 
-# ---- errors, each with its remedy
-
-X = images(4, 3, 4, 4)
-R = torch.cat([X, images(8, 3, 4, 4, seed=1)])
-ONE_PIXEL = R.clone()
-ONE_PIXEL[2, 1, 3, 0] += 1e-3
-I4, I12 = torch.zeros(4, dtype=torch.int64), torch.zeros(12, dtype=torch.int64)
-CAT = r"reference=torch.cat\(\[clean, others\]\)"
-ERRORS = {
-    "other images": (dict(reference=R[4:]), ValueError, CAT),
-    "permuted sources": (dict(reference=torch.cat([X.flip(0), R[4:]])), ValueError, f"must equal clean.*{CAT}"),
-    "sources at the end": (dict(reference=R.flip(0)), ValueError, f"(?s)source_index.*{CAT}"),
-    "one pixel changed": (dict(reference=ONE_PIXEL), ValueError, "largest difference is 0.001"),
-    "one pixel of float64": (dict(clean=X.double(), reference=ONE_PIXEL.double()), ValueError, CAT),
-    "horizontally flipped": (dict(clean=X.flip(-1), reference=R), ValueError, "after any augmentation"),
-    "too few": (dict(reference=X[:3]), ValueError, r"got 3 references for 4 images.*torch.cat\(\[clean, others\]\)"),
-    "other size": (dict(reference=R[..., :2]), ValueError, "must have one shape. Resize and crop them alike"),
-    "no tensor": (dict(reference=[X]), TypeError, "reference must be a tensor .* got list"),
-    "integer images": (dict(clean=X.int()), TypeError, "floating point in .* or uint8 pixels"),
-    "integer references": (dict(reference=R.int()), TypeError, "floating point in .* or uint8 pixels"),
-    "images no tensor": (dict(clean=[X]), TypeError, "clean must be a tensor .* got list. Stack the images first"),
-    "no batch": (dict(clean=X[0, 0, 0]), ValueError, "clean must be a batch"),
-    "index to others": (dict(reference=R, source_index=I4 + 5), ValueError, r"reference\[source_index\]"),
-    "index beyond": (dict(reference=R, source_index=I4 + 12), ValueError, r"source_index must lie in \[0, 12\)"),
-    "index negative": (dict(reference=R, source_index=I4 - 1), ValueError, r"source_index must lie in \[0, 12\)"),
-    "index shape": (dict(reference=R, source_index=I12), ValueError, r"source_index must have shape \(4,\)"),
-    "index bool": (dict(reference=R, source_index=I4.bool()), TypeError, "source_index must be integers; got torch.bool"),
-    "labels alone": (dict(reference=R, labels=I4), ValueError, "labels need reference_labels: rows use references of"),
-    "reference labels alone": (dict(reference=R, reference_labels=I12), ValueError, "reference_labels need labels"),
-    "labels shape": (dict(reference=R, labels=I4[:3], reference_labels=I12), ValueError, r"labels must have shape \(4,"),
-    "reference labels shape": (
-        dict(reference=R, labels=I4, reference_labels=I4), ValueError, r"reference_labels must have shape \(12,\)"
-    ),
-    "float labels": (
-        dict(reference=R, labels=I4.float(), reference_labels=I12), TypeError, "labels must be integers; got torch.float32"
-    ),
-    "one-hot labels": (
-        dict(reference=R, labels=torch.eye(4).long(), reference_labels=I12), ValueError, "labels must have shape"
-    ),
-    "mismatched labels": (
-        dict(reference=R, labels=I4 + 1, reference_labels=I12), ValueError, "labels differ from .* or -1 where the condition"
-    ),
-    "mismatched labels by index": (
-        dict(reference=R, labels=I4, source_index=torch.arange(4), reference_labels=I12 + 1), ValueError, "labels differ"
-    ),
-    "unconditional without labels": (
-        dict(reference=R, num_unconditional=8), ValueError, "num_unconditional needs labels and reference_labels"
-    ),
-    "unconditional below B": (
-        dict(reference=R, labels=I4, reference_labels=I12, num_unconditional=3), ValueError, r"\[B, n\] = \[4, 12\]; got 3"
-    ),
-    "unconditional above n": (
-        dict(reference=R, labels=I4, reference_labels=I12, num_unconditional=13), ValueError, r"\[4, 12\]; got 13"
-    ),
-    "unconditional no number": (
-        dict(reference=R, labels=I4, reference_labels=I12, num_unconditional=8.0), TypeError, "must be an int; got float"
-    ),
-    "unconditional of a bank": (
-        dict(reference=ReferenceBank(R, I12), labels=I4, num_unconditional=8),
-        ValueError, "in a ReferenceBank, rows of label -1 use all. Leave it out"
-    ),
-    "a list of labels": (dict(reference=R, labels=[0] * 4, reference_labels=I12), TypeError, "labels must be a tensor"),
-    "a list of reference labels": (
-        dict(reference=R, labels=I4, reference_labels=[0] * 12), TypeError, "reference_labels must be a tensor .* got list"
-    ),
-    "a list of labels for a bank": (dict(reference=ReferenceBank(R, I12), labels=[0] * 4), TypeError, "labels must be a tensor"),
-    "a list of positions": (dict(reference=R, source_index=[0] * 4), TypeError, "source_index must be a tensor"),
-    "a list of positions in a bank": (
-        dict(reference=ReferenceBank(R), source_index=[0] * 4), TypeError, "source_index must be a tensor .* got list"
-    ),
-    "boolean labels": (
-        dict(reference=R, labels=I4.bool(), reference_labels=I12), TypeError, "labels must be integers; got torch.bool"
-    ),
-    "labels of others without references": (dict(labels=I12), ValueError, r"labels must have shape \(4,\), one for each"),
-    "a list of times": (dict(t=[1.0] * 4), TypeError, r"times must be a tensor \(4,\); got list"),
-    "a number as time": (dict(t=1.0), TypeError, r"times must be a tensor \(4,\); got float"),
-    "a list of noise": (dict(noise=[0.0] * 4), TypeError, "noise must be a tensor of shape .* got list"),
-    "noise shape": (dict(noise=normal(4, 1, 4, 4)), ValueError, r"noise must have the images' shape \(4, 3, 4, 4\)"),
-    "one time": (dict(t=torch.tensor(1.0)), ValueError, r"one per image, shape \(4,\); got \(\)"),
-    "times expanded": (dict(t=torch.ones(4, 1, 1, 1)), ValueError, r"one per image, shape \(4,\)"),
-    "no noise": (dict(t=torch.tensor([1.0, 0.0, 1.0, 1.0])), ValueError, r"times of EDM lie above 0 .*got \[0.0\]"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", ERRORS)
+@pytest.mark.parametrize("case", CALLS)
 def test_errors_say_what_to_do(case):
     """At the first call, and after any number of good ones; by perturb and by target."""
-    change, error, message = ERRORS[case]
+    change, error, message = CALLS[case]
     objective = STFTrainingObjective(EDM())
     arguments = {"clean": X, "noise": torch.zeros_like(X), "t": torch.ones(4), **change}
     for _ in range(2):
@@ -116,6 +35,33 @@ def test_errors_say_what_to_do(case):
             objective.target(**{"timesteps" if key == "t" else key: value for key, value in arguments.items()})
         objective.perturb(X, reference=R)
         objective.perturb(X, reference=R, labels=I4, reference_labels=I12)
+
+
+@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize("case", SET_CALLS)
+def test_reference_sets_called_directly_say_what_to_do(case, kind):
+    _, error, message = SET_CALLS[case]
+    with pytest.raises(error, match=message):
+        set_call(case, kind)()
+
+
+def test_what_only_one_kind_of_reference_set_can_be_told():
+    bank, batch = ReferenceBank(R), ReferenceBatch(R)
+    index = torch.arange(4)
+    for size in (8.0, True, "8"):
+        with pytest.raises(TypeError, match="subset_size must be an int; got"):
+            bank.posterior_mean(X, 1.0, 1.0, source_index=index, subset_size=size)
+    for wrong in (index + 9, index - 1):
+        for references in (bank, batch):
+            with pytest.raises(ValueError, match=r"source_index must lie in \[0, 12\)"):
+                references.posterior_mean(X, 1.0, 1.0, source_index=wrong)
+    with pytest.raises(ValueError, match="labels need reference_labels"):
+        batch.posterior_mean(X, 1.0, 1.0, labels=I4)
+    for images, kinds in (([X], (ReferenceBatch, SharedReferences)), (X.int(), (SharedReferences,))):
+        for kind in kinds:
+            with pytest.raises(TypeError, match=r"images must be a tensor|floating point"):
+                kind(images)
+    assert bank.posterior_mean(X, [1.0] * 4, [1.0] * 4).mean.equal(bank.posterior_mean(X, 1, torch.ones(4)).mean)
 
 
 @pytest.mark.parametrize("process", [VP(), FlowMatching()], ids=repr)

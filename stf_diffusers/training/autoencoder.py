@@ -261,7 +261,7 @@ def fold_normalization(vae: ModelMixin, scale: LatentScale) -> ModelMixin:
         ValueError: the scale has other channels, or is not one number where the autoencoder has no such convolutions.
     """
     folded = copy.deepcopy(vae)
-    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (scale.mean, scale.std))
+    mean, std = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (scale.mean, scale.std))
     channels = vae.config.get("vq_embed_dim") or vae.config.latent_channels
     if len(mean) != channels:
         raise ValueError(f"the scale has {len(mean)} channels and the autoencoder's latents {channels}.")
@@ -291,9 +291,13 @@ def convolution_or_identity(vae: ModelMixin, name: str, channels: int) -> nn.Con
     """The 1x1 convolution of this name; where the autoencoder has none, one that changes nothing is put there."""
     found = getattr(vae, name)
     if found is None:
-        found = nn.Conv2d(channels, channels, 1)
+        found = nn.Conv2d(channels, channels, 1, device="cpu")
         found.to(next(vae.parameters())).requires_grad_(False)
-        set_affine(found, torch.eye(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64))
+        set_affine(
+            found,
+            torch.eye(channels, dtype=torch.float64, device="cpu"),
+            torch.zeros(channels, dtype=torch.float64, device="cpu"),
+        )
         setattr(vae, name, found)
         vae.register_to_config(**{f"use_{name}": True})
     convolution: nn.Conv2d = found

@@ -100,19 +100,21 @@ class PostHocAverages(WeightAverage):
             raise ValueError(
                 "averages of any width need the package ema-pytorch: pip install 'stf-diffusers[post-hoc-ema]'."
             ) from error
-        self._averages = [
-            KarrasEMA(
-                network,
-                sigma_rel=sigma_rel,
-                ema_model=type(network).from_config(network.config).to(network.device),
-                update_every=1,
-            )
-            for sigma_rel in SIGMA_RELS
-        ]
+        with torch.device("cpu"):  # whatever the default device is
+            self._averages = [
+                KarrasEMA(
+                    network,
+                    sigma_rel=sigma_rel,
+                    ema_model=type(network).from_config(network.config).to(network.device),
+                    update_every=1,
+                )
+                for sigma_rel in SIGMA_RELS
+            ]
 
     def step(self) -> None:
-        for average in self._averages:
-            average.update()
+        with torch.device("cpu"):
+            for average in self._averages:
+                average.update()
 
     def save(self, checkpoint: Path, output_dir: Path, step: int) -> None:
         """Write them into the checkpoint, and as a snapshot that the rotation of checkpoints leaves alone."""
@@ -162,7 +164,9 @@ def reconstruct(snapshots: Sequence[Path], sigma_rel: float) -> dict[str, Tensor
             places.append((path, f"{number}.ema_model."))
 
     wanted = [max(times)], [sigma_rel_to_gamma(sigma_rel)]
-    weights = solve_weights(*(torch.tensor(values, dtype=torch.float64) for values in (times, gammas, *wanted)))
+    weights = solve_weights(
+        *(torch.tensor(values, dtype=torch.float64, device="cpu") for values in (times, gammas, *wanted))
+    )
     total: dict[str, Tensor] = {}
     for (path, prefix), weight in zip(places, weights.flatten().tolist(), strict=True):
         with safe_open(path, framework="pt") as file:

@@ -30,6 +30,8 @@ _BUILDERS = {
     ".jsonl": "json",
     ".tar": "webdataset",
 }
+# What a folder of images may hold images in.
+_IMAGES_OR_ARCHIVES = {*ImageFolder.EXTENSIONS, ".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
 # All that Datasets takes for the name of a split contains one of these.
 _SPLIT_WORDS = ("train", "test", "val", "dev")
 _SPLITS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
@@ -68,9 +70,15 @@ def folder_builder(
         cache_dir: Datasets' cache.
         config_name: a configuration that the folder's card declares.
         images: read only images, whatever else is there.
+
+    Raises:
+        ValueError: only images are read, and there are none.
     """
     files = _visible_files(path)
     pictures = sum(file.suffix.lower() in ImageFolder.EXTENSIONS for file in files)
+    if images and path.is_dir() and not any(file.suffix.lower() in _IMAGES_OR_ARCHIVES for file in files):
+        found = f"its files end in {sorted({file.suffix for file in files})[:8]}" if files else "it has no files"
+        raise ValueError(f"there is no image in this folder; {found}.")
     one_split = not any(word in str(file).lower() for word in _SPLIT_WORDS for file in files)
     if one_split and pictures and (images or (pictures == len(files) and config_name is None)):
         # What Datasets finds too, once it has listed all files for each of its 66 patterns: 34 s for 20,000 images, here 3.
@@ -141,9 +149,21 @@ def read_arrays(path: Path, cache_dir: str | None) -> dict[str, datasets.Dataset
 
 def _array(path: Path, name: str) -> np.ndarray[Any, Any]:
     with _explained():
-        file = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
+        file = _opened(path)
         array: np.ndarray[Any, Any] = file if path.suffix == ".npy" else file[name]
     return array
+
+
+def _opened(path: Path) -> Any:
+    file = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
+    kind = ".npy" if isinstance(file, np.ndarray) else ".npz"
+    if kind != path.suffix:
+        raise _OtherKind(f"it is a {kind} file by its content. Rename it.")
+    return file
+
+
+class _OtherKind(ValueError):
+    """The name and the content of a NumPy file contradict each other."""
 
 
 @contextmanager
@@ -151,6 +171,8 @@ def _explained() -> Iterator[None]:
     """NumPy's errors would have the user load pickled objects."""
     try:
         yield
+    except _OtherKind:
+        raise
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             "the file is damaged, or holds Python objects, which are not read. Save arrays of numbers or strings."
@@ -160,7 +182,7 @@ def _explained() -> Iterator[None]:
 def _names_of_splits(path: Path) -> dict[str, list[str]]:
     if path.suffix == ".npy":
         return {"train": ["images"]}
-    with _explained(), np.load(path, allow_pickle=False) as file:
+    with _explained(), _opened(path) as file:
         names = list(file)
     splits: dict[str, list[str]] = {}
     for name in names:

@@ -71,7 +71,7 @@ def data_features(
     parts = []
     for start in tqdm(range(0, len(rows), 256), desc="Features of the data", unit="batch", disable=quiet):
         parts.append(extractor(images.__getitems__(rows[start : start + 256])["images"]))
-    features = gathered(torch.cat(parts) if parts else torch.empty(0, 1))
+    features = gathered(torch.cat(parts) if parts else torch.empty(0, 1, device="cpu"))
     if state.is_main_process:
         with replacing(path) as file:
             save_file({"features": features}, file)
@@ -132,8 +132,10 @@ class Evaluation:
         self.labels: list[int] | None = None
         if images.labels is not None:
             # The classes of the data, in the data's proportions.
-            generator = torch.Generator().manual_seed(seed_for(seed, -1))
-            self.labels = images.labels[torch.randint(len(images), (self.num_samples,), generator=generator)].tolist()
+            generator = torch.Generator("cpu").manual_seed(seed_for(seed, -1))
+            self.labels = images.labels[
+                torch.randint(len(images), (self.num_samples,), generator=generator, device="cpu")
+            ].tolist()
         path = output_dir / RECORDS
         before = json.loads(path.read_text()) if first_step and path.is_file() else []
         # The main process's: another machine may not see its folder, and all must agree on what is due.
@@ -158,7 +160,9 @@ class Evaluation:
             batch_size=self.batch_size,
             num_inference_steps=self.num_inference_steps,
         )
-        samples = gathered(self.extractor(as_pixels(images)) if mine else torch.empty(0, self.data.shape[1]))
+        samples = gathered(
+            self.extractor(as_pixels(images)) if mine else torch.empty(0, self.data.shape[1], device="cpu")
+        )
         self.records.append({"step": step})
         if not state.is_main_process:
             return

@@ -55,7 +55,7 @@ class ImageColumn(IndexedImages):
     ) -> None:
         self.dataset, self.column, self.reader, self.images, self.seed = dataset, column, reader, images, seed
         self.label_column, self.num_classes, self.class_names = label_column, num_classes, class_names
-        self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+        self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -126,7 +126,7 @@ class ImageColumn(IndexedImages):
         )
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        index = torch.tensor(indices)
+        index = torch.tensor(indices, device="cpu")
         if self.images is not None:
             columns = {"images": self.images[index]}
         else:
@@ -200,7 +200,7 @@ def open_images(
 def measure_standard_deviation(images: ImageColumn, at_most: int = 10_000) -> float:
     """Standard deviation over all pixels in [-1, 1] of `at_most` evenly spaced images: EDM's sigma_data."""
     rows = np.unique(np.linspace(0, len(images) - 1, min(len(images), at_most)).astype(int)).tolist()
-    counts = torch.zeros(256, dtype=torch.int64)
+    counts = torch.zeros(256, dtype=torch.int64, device="cpu")
     for start in range(0, len(rows), 500):
         batch = images.__getitems__(rows[start : start + 500])["images"]
         counts += torch.bincount(batch.flatten().to(torch.int64), minlength=256)
@@ -211,7 +211,7 @@ def standard_deviation_of(levels: Tensor) -> float:
     """Standard deviation in [-1, 1] of uint8 pixels, of which there are `levels` (256,) of each level."""
     counts = levels.to(torch.float64)
     weights = counts / counts.sum()
-    values = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    values = torch.arange(256, dtype=torch.float64, device="cpu") / 127.5 - 1
     mean = (weights * values).sum()
     return math.sqrt(float((weights * (values - mean) ** 2).sum()))
 

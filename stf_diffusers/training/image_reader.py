@@ -159,7 +159,7 @@ def decode_all(
     shape = torch.Size((len(dataset), *reader.shape))
     if shape.numel() > budget_bytes:
         return None
-    pixels = torch.empty(shape, dtype=torch.uint8)
+    pixels = torch.empty(shape, dtype=torch.uint8, device="cpu")
     fixed = random.Random(0)
     with tqdm(total=len(dataset), desc="Decoding images", unit="image", disable=quiet) as progress:
         for start in range(0, len(dataset), 256):

@@ -212,7 +212,7 @@ class Moments:
 
     @classmethod
     def zero(cls, channels: int) -> Moments:
-        return cls(0, *torch.zeros(3, channels, dtype=torch.float64))
+        return cls(0, *torch.zeros(3, channels, dtype=torch.float64, device="cpu"))
 
     def add(self, mean: Tensor, std: Tensor | None) -> None:
         """Add posteriors (B, c, h, w)."""
@@ -260,7 +260,7 @@ class LatentColumn(IndexedImages):
     ) -> None:
         self.cache, self.scale, self.seed, self.num_classes = cache, scale, seed, num_classes
         self.sample = sample and cache.std is not None
-        self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+        self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64, device="cpu")
         if self.labels is not None and len(self.labels) != len(cache.mean):
             raise ValueError(f"there are {len(self.labels)} labels for {len(cache.mean)} images' latents.")
 
@@ -313,17 +313,17 @@ class LatentColumn(IndexedImages):
         raise ValueError("reference_device='disk' keeps images, not latents. Leave it out.")
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        index = torch.tensor(indices)
-        generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{indices}").getrandbits(63))
+        index = torch.tensor(indices, device="cpu")
+        generator = torch.Generator("cpu").manual_seed(random.Random(f"{self.seed}/{indices}").getrandbits(63))
         cache = self.cache
         mean, std = cache.mean[index], cache.std[index] if self.sample and cache.std is not None else None
         if cache.mirrored_mean is not None:
-            flips = (torch.rand(len(index), generator=generator) < 0.5)[:, None, None, None]
+            flips = (torch.rand(len(index), generator=generator, device="cpu") < 0.5)[:, None, None, None]
             mean = torch.where(flips, cache.mirrored_mean[index], mean)
             if std is not None and cache.mirrored_std is not None:
                 std = torch.where(flips, cache.mirrored_std[index], std)
         if std is not None:
-            mean = mean + std * torch.randn(mean.shape, generator=generator)
+            mean = mean + std * torch.randn(mean.shape, generator=generator, device="cpu")
         columns = {"images": self.scale.normalize(mean), "index": index}
         if self.labels is not None:
             columns["label"] = self.labels[index]

@@ -131,11 +131,6 @@ def fit_network(network: Network, shape: tuple[int, int, int], conditioning: Con
     """
     channels, height, width = shape
     config = network.config
-    if config["out_channels"] == 2 * config["in_channels"]:
-        raise ValueError(
-            f"the pretrained network returns {config['out_channels']} channels for images of {config['in_channels']}: it "
-            "predicts variances too, which is not trained here. Choose another."
-        )
     if (config["in_channels"], config["out_channels"]) != (channels, channels):
         raise ValueError(
             f"the pretrained network has {config['in_channels']} channels and the images have {channels}. "
@@ -162,8 +157,8 @@ def fit_network(network: Network, shape: tuple[int, int, int], conditioning: Con
         )
     if config["num_class_embeds"] != conditioning.embeddings:
         raise ValueError(
-            f"the pretrained network knows {config['num_class_embeds']} classes and this run has "
-            f"{conditioning.embeddings}. Pass or leave out class_conditional=, class_dropout= and reorient= accordingly."
+            f"the pretrained network knows {config['num_class_embeds'] or 'no'} classes and this run has "
+            f"{conditioning.embeddings or 'none'}. Pass or leave out class_conditional=, class_dropout= and reorient= accordingly."
         )
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     side = next((side for side in (height, width) if side % factor), None)

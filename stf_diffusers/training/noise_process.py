@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 
 from ..noise import EDM, NOISE_PROCESSES, NoiseProcess
 from ..scheduler_process import SchedulerProcess
-from ..stock_schedulers import DISCRETE, scheduler_from_config
+from ..stock_schedulers import DISCRETE, on_cpu, scheduler_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ def choose_process(
     return process, ranges
 
 
+@on_cpu
 def _discrete_process(parameters: Mapping[str, Any], saved: Mapping[str, Any] | None) -> SchedulerProcess:
     """The process of a new `DDPMScheduler`, or of the `saved` config, which the parameters must not contradict."""
     if foreign := sorted(parameters.keys() - DISCRETE_PARAMETERS.keys()):

@@ -13,11 +13,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, DiTPipeline
-from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 
 from ..export import METADATA_KEY, network_of, sampling_labels
+from ..image_grid import image_grid, names_of_labels
 
 # The file beside many generated images that says how they were made.
 SETTINGS = "settings.json"
@@ -60,7 +60,7 @@ def sample_images(
     images: list[Image.Image] = []
     for start in range(0, len(indices), batch_size):
         which = indices[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed_of(index)) for index in which]
+        generators = [torch.Generator("cpu").manual_seed(seed_of(index)) for index in which]
         # `DiTPipeline` has no batch size, and guides by itself.
         how: dict[str, Any] = (
             {"guidance_scale": 1.0} if isinstance(pipeline, DiTPipeline) else {"batch_size": len(which)}
@@ -69,7 +69,8 @@ def sample_images(
             how |= {"solver": "consistency", "sigmas": sigmas}
         if labels:
             how["class_labels"] = [label_of(index) if label_of else labels[index % len(labels)] for index in which]
-        images += pipeline(generator=generators, num_inference_steps=num_inference_steps, **how).images
+        with torch.device("cpu"):  # Diffusers makes tensors on the default device, whatever that of the pipeline is
+            images += pipeline(generator=generators, num_inference_steps=num_inference_steps, **how).images
     return images
 
 
@@ -77,6 +78,8 @@ def sample_grid(
     pipeline: DiffusionPipeline, num_samples: int, *, seed: int, batch_size: int, num_inference_steps: int
 ) -> Image.Image:
     """A grid of images, shared out over the processes; image k depends on the seed and k alone. Collective.
+
+    Where the classes have names, the name of its class stands beneath each image.
 
     Args:
         pipeline: as `diffusers_pipeline` makes it; moved to this process's device.
@@ -95,12 +98,11 @@ def sample_grid(
     )
     gathered_pairs = gather_object(list(zip(mine, images, strict=True)))
     ordered = [image for _, image in sorted(gathered_pairs, key=lambda pair: pair[0])]
-    columns = math.ceil(math.sqrt(len(ordered)))
-    rows = math.ceil(len(ordered) / columns)
-    ordered += [Image.new("RGB", ordered[0].size)] * (rows * columns - len(ordered))
-    grid = make_image_grid(ordered, rows, columns)
-    scale = max(1, 64 // ordered[0].width)
-    return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
+    metadata = pipeline.scheduler.config[METADATA_KEY]
+    labels = sampling_labels(network_of(pipeline), metadata)
+    of_images = [labels[index % len(labels)] for index in range(num_samples)] if labels else []
+    names = names_of_labels(of_images, metadata.get("class_names"))
+    return image_grid(ordered, math.ceil(math.sqrt(num_samples)), names, min_width=64)
 
 
 def as_pixels(images: Sequence[Image.Image]) -> Tensor:

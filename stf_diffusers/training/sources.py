@@ -185,8 +185,10 @@ class IndexedImages(TrainingImages, Dataset):
         epoch, start = divmod(position, len(sampler))
         while True:
             sampler.set_epoch(epoch, start)
+            with torch.device("cpu"):  # where the loader draws its seed, whatever the default device is
+                batches = iter(loader)
             try:
-                yield from loader
+                yield from batches
             except (EOFError, OSError, RuntimeError) as error:
                 if not num_workers:
                     raise

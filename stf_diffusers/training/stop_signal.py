@@ -61,7 +61,7 @@ class StopSignal:
         """Whether any process was asked to stop. Collective: every process calls it after the same steps."""
         if self._group is None:
             return self.received is not None
-        asked = torch.tensor([self.received is not None], dtype=torch.int32)
+        asked = torch.tensor([self.received is not None], dtype=torch.int32, device="cpu")
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
         return bool(asked)
 

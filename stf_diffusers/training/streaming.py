@@ -85,8 +85,8 @@ class ImageStream(TrainingImages):
                 "that its buffer holds. Lower buffer_size= or batch_size=."
             )
         self._examples = first
-        self._pixels = torch.empty((len(first), *self.shape), dtype=torch.uint8)
-        self._labels = torch.zeros(len(first), dtype=torch.int64)
+        self._pixels = torch.empty((len(first), *self.shape), dtype=torch.uint8, device="cpu")
+        self._labels = torch.zeros(len(first), dtype=torch.int64, device="cpu")
         for place in range(len(first)):
             self._decode(place)
         self.agree([self.summary()])
@@ -151,8 +151,9 @@ class ImageStream(TrainingImages):
 
     def _one_pass(self, number: int) -> Iterator[dict[str, Any]]:
         """The examples of this process, as they are stored, with "index", their place in pass and process."""
-        shards = self._dataset.shuffle(seed=random.Random(f"{self.seed}/{number}").getrandbits(31), buffer_size=1)
-        part = split_dataset_by_node(shards, self._process_index, self._num_processes)
+        with torch.device("cpu"):  # Datasets makes tensors on the default device, and shares them between processes
+            shards = self._dataset.shuffle(seed=random.Random(f"{self.seed}/{number}").getrandbits(31), buffer_size=1)
+            part = split_dataset_by_node(shards, self._process_index, self._num_processes)
         for index, example in enumerate(part):
             yield {**example, "index": index, "pass": number}
 
@@ -203,12 +204,12 @@ class ImageStream(TrainingImages):
                 for place in stale:
                     self._decode(place)
                 stale = set()
-                chosen = torch.tensor(sources)
-                others = torch.ones(self.num_references, dtype=torch.bool).index_fill_(0, chosen, False)
+                chosen = torch.tensor(sources, device="cpu")
+                others = torch.ones(self.num_references, dtype=torch.bool, device="cpu").index_fill_(0, chosen, False)
                 order = torch.cat([chosen, others.nonzero()[:, 0]])
                 pixels = self._pixels[order]
                 batch = {"images": pixels[: self.batch_size], "reference_images": pixels}
-                batch["index"] = torch.tensor([self._examples[place]["index"] for place in sources])
+                batch["index"] = torch.tensor([self._examples[place]["index"] for place in sources], device="cpu")
                 if self.label_column is not None:
                     labels = self._labels[order]
                     batch |= {"labels": labels[: self.batch_size], "reference_labels": labels}
@@ -262,16 +263,17 @@ def open_stream(
                 "before all of it is read. Declare them, or leave streaming= out."
             )
         classes, names = feature.num_classes, feature.names
-    return ImageStream(
-        dataset,
-        column,
-        label_column,
-        reader,
-        batch_size,
-        buffer_size,
-        seed,
-        process_index,
-        num_processes,
-        classes,
-        names,
-    )
+    with torch.device("cpu"):
+        return ImageStream(
+            dataset,
+            column,
+            label_column,
+            reader,
+            batch_size,
+            buffer_size,
+            seed,
+            process_index,
+            num_processes,
+            classes,
+            names,
+        )

@@ -65,7 +65,11 @@ def test_a_mistake_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_flags_are_parsed_before_the_slow_imports():
+SCRIPTS = ("train_unconditional_stf", "generate", "quality_report", "variance_report", "reconstruct_ema")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_flags_are_parsed_before_the_slow_imports(name):
     program = """
 import json, runpy, sys
 sys.argv = json.loads(sys.argv[1])
@@ -76,7 +80,7 @@ except SystemExit as end:
     print(end.code, slow)
 """
     for flag, code in (("--help", 0), ("--no_such_flag", 2)):
-        argv = json.dumps([str(TRAINER), flag])
+        argv = json.dumps([str(EXAMPLES / f"{name}.py"), flag])
         done = subprocess.run([sys.executable, "-c", program, argv], cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == f"{code} []"
         assert len(done.stderr.splitlines()) == (code == 2), done.stderr
