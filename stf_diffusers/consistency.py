@@ -245,6 +245,10 @@ class ConsistencyTrainingObjective:
         Raises:
             ValueError, TypeError: outputs that are not tensors of the images' shape.
         """
+        return self.losses(output, earlier_output, pair).mean()
+
+    def losses(self, output: Tensor, earlier_output: Tensor, pair: ConsistencyPair) -> Tensor:
+        """(B,) of which `loss` is the mean."""
         with full_precision(pair.noisy.device.type):
             difference = (self.denoise(output, pair) - self.earlier(earlier_output, pair).detach()).flatten(1)
             c = 0.00054 * math.sqrt(difference.shape[1]) if self.huber_c is None else self.huber_c
@@ -252,7 +256,7 @@ class ConsistencyTrainingObjective:
                 distance = (difference.square().sum(1) + c**2).sqrt() - c
             else:  # whose gradient where both are equal is 0, where that of a root of squares is not a number
                 distance = torch.linalg.vector_norm(difference, dim=1)
-            return (distance / (self._level(pair.t) - self._level(pair.r)).to(distance.dtype)).mean()
+            return distance / (self._level(pair.t) - self._level(pair.r)).to(distance.dtype)
 
     def _level(self, t: Tensor) -> Tensor:
         exact = t.to(torch.float64)

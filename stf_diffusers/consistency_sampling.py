@@ -120,5 +120,10 @@ def intermediate_levels(
     return levels
 
 
+def is_consistency_model(metadata: dict[str, Any]) -> bool:
+    """Whether a saved folder's metadata say that its network is a consistency model, which samples in one step."""
+    return metadata.get("consistency") is not None
+
+
 def _decreasing(levels: Sequence[float]) -> bool:
     return all(high > low for high, low in pairwise(levels))

@@ -14,6 +14,7 @@ from stf_diffusers.export import diffusers_pipeline, save_pipeline
 from stf_diffusers.image_grid import image_grid
 from stf_diffusers.model_card import model_card
 from stf_diffusers.training.sampling import sample_grid, sample_images, seed_for
+from stf_diffusers.upload import _grid
 
 NAMES = ["cat", "dog", "7"]
 
@@ -69,7 +70,7 @@ def test_names_beneath_the_images_of_grids(folder, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     draws = [torch.Generator().manual_seed(seed) for seed in range(4)]
     images = pipe(4, class_labels=names, generator=draws).images
-    assert pipe._grid(4).tobytes() == image_grid(images, 2, names).tobytes()
+    assert _grid(pipe, 4).tobytes() == image_grid(images, 2, names).tobytes()
 
     plain = DiffusionPipeline.from_pretrained(folder)
     how = {"batch_size": 2, "num_inference_steps": 2}

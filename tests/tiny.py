@@ -93,20 +93,20 @@ def short_run(folder: Path, images: Path) -> list[object]:
     ]  # fmt: skip
 
 
-def train(argv: Sequence[object]) -> None:
-    """The training script in this process. Accelerate keeps its state in the process; the next run finds it new."""
+def train(argv: Sequence[object], main: Callable[..., None] = script.main) -> None:
+    """A training script in this process. Accelerate keeps its state in the process; the next run finds it new."""
     try:
-        script.main([str(part) for part in argv])
+        main([str(part) for part in argv])
     finally:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
 
 
-def mistake(argv: Sequence[object], capsys: pytest.CaptureFixture[str]) -> str:
-    """What the training script says to flags that it refuses: one line, and exit code 2."""
+def mistake(argv: Sequence[object], capsys: pytest.CaptureFixture[str], main: Callable[..., None] = script.main) -> str:
+    """What a training script says to flags that it refuses: one line, and exit code 2."""
     try:
         with pytest.raises(SystemExit) as end:
-            run(script.main, [str(part) for part in argv])
+            run(main, [str(part) for part in argv])
     finally:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
@@ -159,15 +159,15 @@ def _be_one_of(
     target(*arguments)
 
 
-def run_as_script(argv: Sequence[object]) -> None:
-    """The training script as `python` runs it."""
-    sys.argv = ["train_unconditional_stf.py", *map(str, argv)]
-    runpy.run_path(str(EXAMPLES / "train_unconditional_stf.py"), run_name="__main__")
+def run_as_script(argv: Sequence[object], name: str = "train_unconditional_stf.py") -> None:
+    """A training script as `python` runs it."""
+    sys.argv = [name, *map(str, argv)]
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-def launch(argv: Sequence[object], *, processes: int = 1) -> str:
-    """The training script in processes of its own; what they said."""
-    codes, said = Processes(run_as_script, argv, processes=processes).wait()
+def launch(argv: Sequence[object], *, processes: int = 1, name: str = "train_unconditional_stf.py") -> str:
+    """A training script in processes of its own; what they said."""
+    codes, said = Processes(run_as_script, argv, name, processes=processes).wait()
     assert codes == [0] * processes, said[-3000:]
     return said
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,33 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..export import Network
 from ..files import discard, settle
 from .averages import WeightAverage
 from .run_folder import CHECKPOINT_PREFIX, MANIFEST, complete_checkpoints, explained_write_errors
 
 logger = logging.getLogger(__name__)
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether what is done every so many steps is to be done after this one."""
+    return bool(every) and step % (every or 1) == 0
+
+
+def make_manifest(
+    accelerator: Accelerator, network: Network, run: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The manifest of a run's checkpoints.
+
+    Args:
+        accelerator: the training's Accelerator, whose precision is among the settings.
+        network: the network, whose config is among the settings.
+        run: JSON values that a resumed run must share with this one.
+        settings: those that it should.
+    """
+    own = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    settings = {**settings, "mixed_precision": accelerator.mixed_precision, **own}
+    return {"run": dict(run), "settings": json.loads(json.dumps(settings))}
 
 
 def save_checkpoint(
@@ -35,7 +57,7 @@ def save_checkpoint(
         output_dir: the run's folder.
         step: number of optimizer steps done.
         averages: averages of the weights.
-        manifest: JSON values that a resumed run must share with this one ("run"), and that it should ("settings").
+        manifest: as from `make_manifest`.
         limit: number of checkpoints to keep. None: all.
 
     Raises:

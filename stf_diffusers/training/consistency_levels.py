@@ -15,8 +15,9 @@ from ..export import METADATA_KEY
 from ..feature_extractors import FeatureExtractor
 from ..metrics import FeatureStatistics, frechet_distance
 from ..pipeline_stf import STFPipeline
-from .evaluation import SMALLEST, gathered
+from .evaluation import SMALLEST, data_features, gathered, labels_like
 from .sampling import as_pixels, sample_images, seed_for
+from .sources import IndexedImages
 
 CANDIDATES = (0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0, 5.0)
 
@@ -104,6 +105,33 @@ def search_levels(
         sigmas[steps] = best
         tried += results
     return LevelSearch(sigmas, distances, tried)
+
+
+def search_for_images(
+    pipeline: DiffusionPipeline,
+    images: IndexedImages,
+    extractor: FeatureExtractor | None = None,
+    *,
+    num_samples: int = 1000,
+    seed: int = 0,
+    batch_size: int = 64,
+    cache_dir: str | None = None,
+    quiet: bool = False,
+) -> LevelSearch:
+    """`search_levels` for the training images, with their classes in their proportions. Collective.
+
+    Args:
+        pipeline, num_samples, seed, batch_size: as for `search_levels`.
+        images: the training images.
+        extractor: what computes features. None: `pixel_features`.
+        cache_dir, quiet: as for `data_features`.
+    """
+    extractor = extractor or pixel_features()
+    data = FeatureStatistics.of(data_features(images, extractor, cache_dir, quiet))
+    labels = labels_like(images, num_samples, seed)
+    return search_levels(
+        pipeline, extractor, data, labels=labels, num_samples=num_samples, seed=seed, batch_size=batch_size
+    )
 
 
 def save_levels(pipeline: DiffusionPipeline, sigmas: dict[int, list[float]]) -> None:

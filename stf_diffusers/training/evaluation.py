@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from tqdm.auto import tqdm
 from ..export import save_pipeline
 from ..feature_extractors import FeatureExtractor, transformers_features
 from ..files import replacing
-from ..metrics import FeatureStatistics
+from ..metrics import FeatureStatistics, frechet_distance
 from ..model_card import model_card
+from ..pipeline_stf import STFPipeline
 from ..quality import SampleQuality, sample_quality
 from .run_folder import BEST, RECORDS, explained_write_errors
 from .sampling import as_pixels, sample_images, seed_for
@@ -78,6 +80,16 @@ def data_features(
     return features
 
 
+def labels_like(images: IndexedImages, count: int, seed: int) -> list[int] | None:
+    """Classes of `count` samples, drawn in the data's proportions; None for images without classes."""
+    if images.labels is None:
+        return None
+    generator = torch.Generator("cpu").manual_seed(seed_for(seed, -1))
+    rows = torch.randint(len(images), (count,), generator=generator, device="cpu")
+    drawn: list[int] = images.labels[rows].tolist()
+    return drawn
+
+
 class Evaluation:
     """Evaluations during a training: samples are drawn and their features computed by all processes alike, and the main
     process compares, records, and keeps the pipeline with the smallest Fréchet distance in `best/`.
@@ -90,6 +102,7 @@ class Evaluation:
         eval_steps: optimizer steps between evaluations.
         eval_num_samples: images per evaluation, at least `SMALLEST`.
         num_inference_steps: sampling steps.
+        consistency_steps: for a consistency model, numbers of steps whose Fréchet distance is recorded too.
         batch_size: images sampled at a time.
         seed: random seed for the samples: image k depends on it and k alone.
         data_name: the data, as a person would recognise them.
@@ -110,6 +123,7 @@ class Evaluation:
         eval_steps: int,
         eval_num_samples: int = 1000,
         num_inference_steps: int = 35,
+        consistency_steps: Sequence[int] = (),
         batch_size: int = 64,
         seed: int = 0,
         data_name: str,
@@ -119,6 +133,7 @@ class Evaluation:
         self.accelerator, self.output_dir, self.seed = accelerator, output_dir, seed
         self.eval_steps, self.num_samples = eval_steps, eval_num_samples
         self.num_inference_steps, self.batch_size = num_inference_steps, batch_size
+        self.consistency_steps = tuple(consistency_steps)
         self.reference = f"{data_name}, training split"
         try:
             with accelerator.main_process_first():
@@ -129,13 +144,7 @@ class Evaluation:
             raise ValueError(f"eval_extractor={eval_extractor!r}: {error}") from error
         self.data = data_features(images, self.extractor, cache_dir, not accelerator.is_main_process)
         self.statistics = FeatureStatistics.of(self.data)
-        self.labels: list[int] | None = None
-        if images.labels is not None:
-            # The classes of the data, in the data's proportions.
-            generator = torch.Generator("cpu").manual_seed(seed_for(seed, -1))
-            self.labels = images.labels[
-                torch.randint(len(images), (self.num_samples,), generator=generator, device="cpu")
-            ].tolist()
+        self.labels = labels_like(images, self.num_samples, seed)
         path = output_dir / RECORDS
         before = json.loads(path.read_text()) if first_step and path.is_file() else []
         # The main process's: another machine may not see its folder, and all must agree on what is due.
@@ -151,18 +160,14 @@ class Evaluation:
     def __call__(self, pipeline: DiffusionPipeline, step: int) -> None:
         """Evaluate, record and log. Collective."""
         state = self.accelerator
-        mine = list(range(self.num_samples))[state.process_index :: state.num_processes]
-        images = sample_images(
-            pipeline.to(state.device),
-            mine,
-            seed_of=partial(seed_for, self.seed),
-            label_of=None if self.labels is None else self.labels.__getitem__,
-            batch_size=self.batch_size,
-            num_inference_steps=self.num_inference_steps,
-        )
-        samples = gathered(
-            self.extractor(as_pixels(images)) if mine else torch.empty(0, self.data.shape[1], device="cpu")
-        )
+        samples = self._features(pipeline, self.num_inference_steps)
+        few: dict[str, Any] = {}
+        if self.consistency_steps:
+            model = STFPipeline(**pipeline.components)
+            for steps in self.consistency_steps:
+                levels = model.consistency_levels(steps)[1:]
+                distance = frechet_distance(FeatureStatistics.of(self._features(model, steps, levels)), self.statistics)
+                few |= {f"frechet_distance_{steps}_steps": distance, f"sigmas_{steps}_steps": levels}
         self.records.append({"step": step})
         if not state.is_main_process:
             return
@@ -182,15 +187,35 @@ class Evaluation:
             "precision": quality.precision,
             "recall": quality.recall,
         }
-        self.records[-1] |= report | {"measured": quality.stamp, "limits": quality.limits}
+        self.records[-1] |= report | few | {"measured": quality.stamp, "limits": quality.limits}
         with explained_write_errors("the evaluation", self.output_dir):
             # In this order: an evaluation on record is finished, and a run that dies before repeats it.
             if self._is_best(quality):
                 self._keep(pipeline)
             write_json(self.output_dir / RECORDS, self.records)
         logger.info("Step %d: Fréchet distance %.4g (%s).", step, quality.frechet_distance, quality.stamp)
+        report |= {name: value for name, value in few.items() if name.startswith("frechet")}
+        for steps in self.consistency_steps:
+            distance, levels = (few[f"{name}_{steps}_steps"] for name in ("frechet_distance", "sigmas"))
+            between = ", ".join(f"{level:g}" for level in levels)
+            logger.info("In %d steps, with noise of level %s between them: %.4g.", steps, between, distance)
         with tracker_may_fail():
             state.log({f"eval/{name}": value for name, value in report.items()}, step=step)
+
+    def _features(self, pipeline: DiffusionPipeline, steps: int, sigmas: Sequence[float] | None = None) -> Tensor:
+        """Features of the samples (N, d)."""
+        state = self.accelerator
+        mine = list(range(self.num_samples))[state.process_index :: state.num_processes]
+        images = sample_images(
+            pipeline.to(state.device),
+            mine,
+            seed_of=partial(seed_for, self.seed),
+            label_of=None if self.labels is None else self.labels.__getitem__,
+            batch_size=self.batch_size,
+            num_inference_steps=steps,
+            sigmas=sigmas,
+        )
+        return gathered(self.extractor(as_pixels(images)) if mine else torch.empty(0, self.data.shape[1], device="cpu"))
 
     def metrics(self, step: int) -> dict[str, float] | None:
         """What the model card says about this step's pipeline."""
@@ -202,6 +227,9 @@ class Evaluation:
             "Kernel distance, likewise": record["kernel_distance"],
             "Precision, likewise": record["precision"],
             "Recall, likewise": record["recall"],
+        } | {
+            f"Fréchet distance in {steps} steps, likewise": record[f"frechet_distance_{steps}_steps"]
+            for steps in self.consistency_steps
         }
 
     def _is_best(self, quality: SampleQuality) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,13 @@ def make_accelerator(
     check_mode(accelerator.distributed_type, accelerator.device)
     check_number_of_processes(accelerator.num_processes)
     return accelerator
+
+
+def start_logging(accelerator: Accelerator, *names: str) -> None:
+    """Have these loggers, and the package's, say on the main process what they do, and on others what goes wrong."""
+    logging.basicConfig(format="%(message)s")
+    for name in (*names, "stf_diffusers"):
+        logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
 
 
 def check_mode(mode: DistributedType, device: torch.device) -> None:

@@ -16,6 +16,37 @@ from .presets import PRESETS
 _KINDS: dict[str, type[Network]] = {"UNet2DModel": UNet2DModel, "DiTTransformer2DModel": DiTTransformer2DModel}
 
 
+def pretrained_metadata(
+    pretrained_model_name_or_path: str | None, cache_dir: str | None = None
+) -> dict[str, Any] | None:
+    """`read_metadata` of the pipeline that is trained further; None where there is none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if pretrained_model_name_or_path is None:
+        return None
+    try:
+        return read_metadata(pretrained_model_name_or_path, cache_dir=cache_dir)
+    except OSError as error:
+        raise ValueError(
+            f"pretrained_model_name_or_path={pretrained_model_name_or_path!r} cannot be read: {error}"
+        ) from error
+
+
+def choose_network(
+    shape: tuple[int, int, int],
+    *,
+    pretrained_model_name_or_path: str | None = None,
+    model_config: str | None = None,
+    **labels_and_cache: Any,
+) -> tuple[Network, Conditioning]:
+    """`pretrained_network` where a pipeline is given, else `new_network`; arguments and errors are theirs."""
+    if pretrained_model_name_or_path is not None:
+        return pretrained_network(pretrained_model_name_or_path, shape, **labels_and_cache)
+    return new_network(shape, model_config=model_config, **labels_and_cache)
+
+
 def new_network(
     shape: tuple[int, int, int],
     *,

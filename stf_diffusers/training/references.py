@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,8 @@ from ..reference_bank import Augmentation, ReferenceBank
 from ..reference_batch import ReferenceBatchSampler
 from ..reference_set import SharedReferences
 from .sources import TrainingImages
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,8 @@ def choose_references(
     if objective == "stf":
         fits = images.in_memory is not None and images.in_memory.nbytes / parts <= reference_memory_gb * 2**30
         kind = reference or ("batch" if reference_batch_size or not fits else "bank")
+    if kind != "none" and images.labels is not None:
+        _warn_of_single_images(images.labels)
     if kind == "batch":
         n = reference_batch_size or max(batch_size * parts, min(4096, total))
         labels = None if shared else images.labels
@@ -145,3 +151,9 @@ def choose_references(
     )
     where = {"disk": "in a file", "cpu": "in memory", "cuda": "of GPU memory"}[place]
     return References("bank", bank.num_references, sampler, bank, shared, where)
+
+
+def _warn_of_single_images(labels: Tensor) -> None:
+    alone = [label for label, count in Counter(labels.tolist()).items() if count == 1]
+    if alone:
+        logger.warning("Classes of a single image have the targets of denoising score matching: %s.", alone)

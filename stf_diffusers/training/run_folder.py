@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import discard
+
+logger = logging.getLogger(__name__)
 
 # A checkpoint is a folder of this prefix and its step; it is complete when it has its manifest.
 CHECKPOINT_PREFIX, MANIFEST = "checkpoint-", "training_state.json"
@@ -78,6 +81,20 @@ def find_checkpoint(output_dir: Path, requested: str | None) -> Path | None:
     raise ValueError(
         f"resume_from_checkpoint={requested!r}: no complete checkpoint is there; {output_dir} has: {names}."
     )
+
+
+def checkpoint_to_resume(output_dir: Path, requested: str | None, overwrite: bool = False) -> Path | None:
+    """`find_checkpoint`, and a folder that holds a trained run is refused where it is neither resumed nor overwritten.
+
+    Raises:
+        ValueError: as `find_checkpoint` and `refuse_occupied`.
+    """
+    found = find_checkpoint(output_dir, requested)
+    if requested == "latest" and found is None:
+        logger.info("No checkpoint in %s yet: starting at step 0.", output_dir)
+    if found is None and not overwrite:
+        refuse_occupied(output_dir, resuming=requested is not None)
+    return found
 
 
 def check_writable(output_dir: Path) -> None:

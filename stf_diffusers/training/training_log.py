@@ -113,20 +113,44 @@ class TrainingLog:
             step: number of the optimizer step.
             index: (B,) positions of the images in the data set.
         """
-        level = batch.sigma / batch.alpha
+        error = (output.detach().to(batch.target.dtype) - batch.target).flatten(1).square().mean(1)
+        found = (batch.effective_sample_size, batch.posterior_mean)
+        self.add_rows(loss, error, batch.sigma / batch.alpha, *found, clean, step, index)
+
+    def add_rows(
+        self,
+        loss: Tensor,
+        error: Tensor,
+        level: Tensor,
+        effective_sample_size: Tensor,
+        posterior_mean: Tensor,
+        clean: Tensor,
+        step: int,
+        index: Tensor,
+    ) -> None:
+        """A micro-batch of any objective.
+
+        Args:
+            loss, clean, step, index: as for `add`.
+            error: (B,) loss of each image.
+            level: (B,) noise levels sigma / alpha.
+            effective_sample_size: (B,) of the references.
+            posterior_mean: (B, ...) over the references.
+        """
         self._recent.append((step, loss.detach(), level.detach(), index))
         self._sums[0] += loss.detach()
         self._sums[1] += 1
         # Given the references and x_t the source is a draw of their posterior, so the mean of its squared distance from
         # the posterior mean is V_DSM - V_STF, by the law of total variance.
-        removed = (pixels_to_float(clean) - batch.posterior_mean).flatten(1).square().mean(1)
-        error = (output.detach().to(batch.target.dtype) - batch.target).flatten(1).square().mean(1)
-        columns = torch.stack([error, batch.effective_sample_size, removed, torch.ones_like(removed)])
+        removed = (pixels_to_float(clean) - posterior_mean).flatten(1).square().mean(1)
+        columns = torch.stack(
+            [error.detach().to(removed.dtype), effective_sample_size, removed, torch.ones_like(removed)]
+        )
         place = torch.bucketize(level.to(self._edges.dtype), self._edges)
         by_level = self._sums[2:].view(len(columns), -1)
         by_level.index_add_(1, place, columns.to(self._sums.dtype))
         self.profile.add(level, columns)
-        self._images += len(batch.t)
+        self._images += len(level)
 
     def flush(self) -> dict[str, float]:
         """Loss, images per second, share of time spent waiting for data; by noise level the mean loss and effective sample

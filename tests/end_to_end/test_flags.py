@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import train_unconditional_stf as script
+from stf_diffusers.training.flags import READING_FLAGS, process_flags
 from tiny import EXAMPLES, TINY, metadata, save_extractor, tiny_autoencoder, train
 
 # flag: (what both runs have, what the second has too, what changes). Kinds of what changes: "weights" (raw), "average",
@@ -243,7 +244,7 @@ def test_every_flag_is_in_the_table():
     assert not set(CASES) & set(ELSEWHERE)
 
 
-@pytest.mark.parametrize("name", ["train_unconditional_stf", "generate", "quality_report"])
+@pytest.mark.parametrize("name", ["train_unconditional_stf", "train_consistency_stf", "generate", "quality_report"])
 def test_every_flag_is_read(name):
     module = __import__(name)
     source = (EXAMPLES / f"{name}.py").read_text().split("args = parser.parse_args(argv)")[1]
@@ -253,9 +254,8 @@ def test_every_flag_is_read(name):
     required += ["--output_dir", "d"]
     for flag in vars(module.parse_args(required)):
         read = re.search(rf"args\.{flag}\b|\"{flag}\"", source)
-        assert read or (
-            name == "train_unconditional_stf" and flag in {**script.process_flags(), **script.DISCRETE_PARAMETERS}
-        ), flag
+        shared = name.startswith("train") and flag in {*READING_FLAGS, *process_flags(), *script.DISCRETE_PARAMETERS}
+        assert read or shared, flag
 
 
 def test_flags_from_a_file(flags, tmp_path):

@@ -10,6 +10,7 @@ from diffusers.optimization import SchedulerType
 
 import train_unconditional_stf as script
 from stf_diffusers import posterior_mean
+from stf_diffusers.training import flags
 from stf_diffusers.training.command_line import explained, in_flags, run
 from tiny import CPU, EXAMPLES, ROOT
 
@@ -106,11 +107,11 @@ def test_the_command_line_of_diffusers_script():
     script.parse_args(["--train_data_dir", "x", "--resume_from_checkpoint", "latest"])
 
 
-@pytest.mark.parametrize("flag", script.REFUSED_FLAGS)
+@pytest.mark.parametrize("flag", flags.REFUSED_FLAGS)
 def test_what_diffusers_script_has_and_this_one_has_not(flag, capsys):
     with pytest.raises(SystemExit):
         script.parse_args([flag])
-    assert script.REFUSED_FLAGS[flag] in capsys.readouterr().err
+    assert flags.REFUSED_FLAGS[flag] in capsys.readouterr().err
 
 
 def test_learning_rate_schedules_are_those_of_diffusers():
@@ -133,5 +134,5 @@ def test_learning_rate_schedules_are_those_of_diffusers():
     ],
 )
 def test_messages_name_flags(message, translated):
-    flags = vars(script.parse_args([]))
-    assert in_flags(message, flags, script.FLAG_OF, printed=script.process_flags()) == translated
+    names = vars(script.parse_args([]))
+    assert in_flags(message, names, flags.FLAG_OF, printed=flags.process_flags()) == translated
