@@ -67,11 +67,6 @@ def sample_consistency(
     return x
 
 
-def is_consistency_model(metadata: Mapping[str, Any]) -> bool:
-    """Whether a saved folder's metadata say that its network is a consistency model, which samples in one step."""
-    return metadata.get("consistency") is not None
-
-
 def intermediate_levels(
     num_inference_steps: int,
     sigma_max: float,
