@@ -136,7 +136,8 @@ def stand_ins() -> dict[str, Any]:
     }  # fmt: skip
 
 
-@each([block for block in BLOCKS if block.language == "python"])
+# Those of the walk-through need one another: tests/end_to_end/test_walkthrough.py runs them.
+@each([block for block in BLOCKS if block.language == "python" and block.document.name != "walkthrough.md"])
 def test_python_blocks_run(block, folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")

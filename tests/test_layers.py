@@ -1,6 +1,7 @@
 """The package's shape: strict layers, light imports, an API on one screen."""
 
 import ast
+import configparser
 import re
 import subprocess
 import sys
@@ -106,6 +107,25 @@ def test_modules_import_from_lower_layers(module):
 def test_lower_layers_need_torch_alone(module):
     _, others = imported(module)
     assert others <= {"torch", *sys.stdlib_module_names, *WHERE_USED.get(module, ())}
+
+
+# numpy and Pillow come with Diffusers, tqdm with the Hub's client.
+COME_ALONG = {"numpy", "PIL", "tqdm"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_is_imported_is_declared(module):
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg")
+    extras = dict(setup["options.extras_require"])
+    listed = "\n".join(
+        [setup["options"]["install_requires"], *(extras[name] for name in extras.keys() - {"test", "dev"})]
+    )
+    declared = set(re.findall(r"^([\w-]+)", listed, re.MULTILINE))
+    _, others = imported(module)
+    needed = {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in others - sys.stdlib_module_names - COME_ALONG}
+    assert needed <= declared
 
 
 def test_importing_the_package_imports_torch_and_no_more():

@@ -185,9 +185,9 @@ class IndexedImages(TrainingImages, Dataset):
         epoch, start = divmod(position, len(sampler))
         while True:
             sampler.set_epoch(epoch, start)
-            with torch.device("cpu"):  # where the loader draws its seed, whatever the default device is
-                batches = iter(loader)
             try:
+                with torch.device("cpu"):  # where the loader draws its seed, whatever the default device is
+                    batches = iter(loader)
                 yield from batches
             except (EOFError, OSError, RuntimeError) as error:
                 if not num_workers:
