@@ -34,6 +34,7 @@ from tiny import (
     mistake,
     run_as_script,
     same,
+    tiny_autoencoder,
     train,
     weights,
 )
@@ -334,3 +335,21 @@ def test_refused_in_one_line(typed, flags, capsys, tmp_path):
 def test_a_pipeline_of_another_process_is_refused_by_name(flags, start, capsys):
     said = mistake(flags(model=start("--noise_process", "vp")), capsys, main)
     assert re.search(r"--pretrained_model_name_or_path .* was trained on vp, and consistency models are", said)
+
+
+def test_a_pipeline_of_turned_images_is_refused_by_name(flags, start, capsys):
+    said = mistake(flags(model=start("--reorient", 0.5)), capsys, main)
+    assert "was trained with --reorient" in said and said.endswith("Pass a pipeline that was trained without.")
+
+
+def test_a_pipeline_of_latents_is_refused_also_where_images_have_as_many_channels(flags, start, capsys, tmp_path):
+    tiny_autoencoder().save_pretrained(tmp_path / "vae")
+    argv = flags("--image_mode", "RGBA", model=start("--vae", tmp_path / "vae"))
+    assert "knows latents of its autoencoder, and this run trains on images" in mistake(argv, capsys, main)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_process_is_refused_in_one_line(flags, start, capsys, tmp_path):
+    shutil.copytree(start("--noise_process", "vp"), tmp_path / "run")
+    said = mistake(flags("--resume_from_checkpoint", "latest"), capsys, main)
+    assert re.search(r"checkpoint-1 belongs to another run: .*process \(\{'name': 'vp'", said)
