@@ -187,6 +187,14 @@ def test_both_points_get_the_same_dropout(flags, start, tmp_path):
     assert found[0.5] < 3 * found[0.0]
 
 
+def test_recomputed_activations_change_nothing(flags, tmp_path):
+    """With dropout, whose masks the recomputation repeats too."""
+    for name, more in {"kept": [], "recomputed": ["--gradient_checkpointing"]}.items():
+        train(flags(*more, "--output_dir", tmp_path / name), main)
+    kept, recomputed = (weights(tmp_path / name, "unet_raw") for name in ("kept", "recomputed"))
+    assert max(float((kept[key] - recomputed[key]).abs().max()) for key in kept) < 1e-6
+
+
 def test_both_points_are_computed_in_the_same_precision(flags, tmp_path):
     """Points so close that bfloat16 does not tell their inputs apart: else the rounding of one would be all of the loss."""
     argv = flags("--schedule_q", 50000, "--schedule_k", 0, "--num_stages", 1, "--max_train_steps", 1)
