@@ -14,8 +14,8 @@
 
 Each call goes on where the last one stopped, killed or not. For each seed an EDM model is trained on the STF target with all
 images, and tuned in four ways: Easy Consistency Tuning (ECT), and its points on the line to the posterior mean over n = 256,
-1,024 and all images. The last call writes results.md and two figures: the distances of samples in one and two steps, those of
-the start model in 35 evaluations, and the noise of the gradient by noise level. Distances are as in study_cifar10.py; of
+1,024 and all images. The last call writes results.md and three figures: the distances of samples in one and two steps, those
+of the start model in 35 evaluations; the noise of the gradient by noise level; and samples of the same seeds. Distances are as in study_cifar10.py; of
 two steps the least over the intermediate levels, which are the same for all.
 """
 
@@ -32,6 +32,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from study_cifar10 import ROOT, data_statistics, load_images, train, train_extractor, write
 from study_results import spread
@@ -256,6 +257,7 @@ def report(args: argparse.Namespace) -> None:
     (args.output_dir / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     draw(args, select, noise)
+    draw_samples(args)
 
 
 def draw(args: argparse.Namespace, select: Callable[..., list[float]], noise: list[dict[str, Any]]) -> None:
@@ -292,6 +294,32 @@ def draw(args: argparse.Namespace, select: Callable[..., list[float]], noise: li
     axis.set(xscale="log", yscale="log", xlabel="noise level t", ylabel="gradient: trace of the covariance")
     axis.legend(frameon=False)
     figure.savefig(args.output_dir / "noise.png", dpi=110)
+
+
+def draw_samples(args: argparse.Namespace, count: int = 12) -> None:
+    """Rows of samples of the same seeds, by the models of seed 0."""
+    start, ect, stf = (
+        averaged(run, run.steps(args), args) for run in (Tuning(None, 0, start=True), Tuning(0, 0), Tuning(None, 0))
+    )
+    level = json.loads((args.output_dir / "evaluations" / f"all-0-{args.steps}.json").read_text())["level"]
+    two = {"num_inference_steps": 2, "solver": "consistency", "sigmas": [float(level)]}
+    one = {"num_inference_steps": 1, "solver": "consistency"}
+    rows: dict[str, tuple[STFPipeline, dict[str, Any]]] = {
+        "start model, 35 evaluations": (start, {"num_inference_steps": 18, "solver": "heun"}),
+        "start model, 1": (start, {"num_inference_steps": 1, "solver": "euler"}),
+        "ECT, 1": (ect, one), "STF on all images, 1": (stf, one), "STF on all images, 2": (stf, two),
+    }  # fmt: skip
+    width = 40
+    picture = Image.new("RGB", (190 + count * width, len(rows) * width), "white")
+    pen = ImageDraw.Draw(picture)
+    for row, (name, (pipeline, call)) in enumerate(rows.items()):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+        pen.text((4, row * width + 14), name, fill="black")
+        for column, image in enumerate(pipeline(count, generator=generators, return_dict=False, **call)[0]):
+            picture.paste(
+                image.resize((width - 2, width - 2), Image.Resampling.NEAREST), (190 + column * width, row * width)
+            )
+    picture.save(args.output_dir / "samples.png")
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         "py:class",
-        r"(torch|numpy|diffusers|accelerate|datasets|huggingface_hub|matplotlib|PIL|os|pathlib|random|collections\.abc)\..+",
+        r"(torch|numpy|diffusers|accelerate|datasets|huggingface_hub|matplotlib|PIL|argparse|os|pathlib|random|collections\.abc)\..+",
     ),
     ("py:class", "Tensor|Figure"),
     ("py:exc", r"huggingface_hub\..+"),

@@ -231,9 +231,15 @@ def main(argv: list[str] | None = None) -> None:
                 f"--pretrained_model_name_or_path {pretrained} was trained on {saved['process']['name']}, and consistency "
                 "models are trained on EDM alone. Pass a pipeline that was trained with --noise_process edm."
             )
+        if saved and saved.get("reorient"):
+            raise ValueError(
+                f"--pretrained_model_name_or_path {pretrained} was trained with --reorient, and consistency models are trained "
+                "on upright images alone. Pass a pipeline that was trained without."
+            )
         given = {name: getattr(args, name) for name in ("sigma_data", "sigma_min", "sigma_max", "p_mean", "p_std")}
         given = {name: value for name, value in given.items() if value is not None}
-        if begun_on := run_folder.run_of(resume).get("process"):
+        begun_on = run_folder.run_of(resume).get("process", {})
+        if "sigma_data" in begun_on:  # where not, the checkpoint is of another process, and is refused below
             given.setdefault("sigma_data", begun_on["sigma_data"])
         process, sampling_range = choose_process(
             args.noise_process, given, standard_deviation=lambda: images.standard_deviation, saved=saved

@@ -258,7 +258,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(seed_for(args.seed))
         network, conditioning = choose_network(
             shape, pretrained_model_name_or_path=pretrained, model_config=args.model_config,
-            num_classes=images.num_classes, class_dropout=args.class_dropout, reorient=args.reorient, cache_dir=args.cache_dir,
+            num_classes=images.num_classes, class_dropout=args.class_dropout, reorient=args.reorient,
+            latents=vae is not None, cache_dir=args.cache_dir,
         )  # fmt: skip
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()

@@ -299,7 +299,9 @@ class STFPipeline(DiffusionPipeline):
     ) -> Tensor:
         levels = self.consistency_levels(num_steps, sigmas)
         with self.progress_bar(total=num_steps) as progress:
-            after_step = self._after_step(progress, torch.tensor(levels, dtype=torch.float64), on_step_end)
+            after_step = self._after_step(
+                progress, torch.tensor(levels, dtype=torch.float64, device="cpu"), on_step_end
+            )
             return sample_consistency(denoise, latents, levels, generator=generator, on_step_end=after_step)
 
     def _after_step(self, progress: Any, levels: Tensor, on_step_end: Any) -> Callable[[int, Tensor], Tensor]:

@@ -101,13 +101,17 @@ def test_adaptive_steps_and_likelihood():
     assert log_likelihood(denoise, x, rtol=0.1, atol=0.1).nats.isfinite().all()
 
 
-@pytest.mark.parametrize("solver", ["heun", "euler", "rk45"])
+@pytest.mark.parametrize("solver", ["heun", "euler", "rk45", "consistency"])
 def test_pipeline(solver):
     pipeline = STFPipeline(UNET, EDMHeunScheduler())
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(0)
     call = {"num_inference_steps": 2, "solver": solver, "tolerance": 0.1, "generator": generator, "output_type": "pt"}
+    seen = []
+    if solver != "rk45":
+        call["callback_on_step_end"] = lambda _, step, timestep, tensors: seen.append(float(timestep))
     assert pipeline(1, **call).images.isfinite().all()
+    assert len(seen) == (0 if solver == "rk45" else 2)
 
 
 def test_heun_scheduler():

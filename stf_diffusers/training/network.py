@@ -39,11 +39,12 @@ def choose_network(
     *,
     pretrained_model_name_or_path: str | None = None,
     model_config: str | None = None,
+    latents: bool = False,
     **labels_and_cache: Any,
 ) -> tuple[Network, Conditioning]:
     """`pretrained_network` where a pipeline is given, else `new_network`; arguments and errors are theirs."""
     if pretrained_model_name_or_path is not None:
-        return pretrained_network(pretrained_model_name_or_path, shape, **labels_and_cache)
+        return pretrained_network(pretrained_model_name_or_path, shape, latents=latents, **labels_and_cache)
     return new_network(shape, model_config=model_config, **labels_and_cache)
 
 
@@ -118,6 +119,7 @@ def pretrained_network(
     num_classes: int | None = None,
     class_dropout: float = 0.0,
     reorient: float = 0.0,
+    latents: bool = False,
     cache_dir: str | None = None,
 ) -> tuple[Network, Conditioning]:
     """The network of a saved pipeline. Only safetensors are read.
@@ -126,14 +128,21 @@ def pretrained_network(
         pretrained_model_name_or_path: a folder, or a repository on the Hub.
         shape: (C, H, W) of the images or latents.
         num_classes, class_dropout, reorient: as for `Conditioning`.
+        latents: whether it is trained on latents.
         cache_dir: where downloads are kept.
 
     Raises:
-        ValueError: it does not fit the images, its labels have other meanings, or its weights are not finite.
+        ValueError: it does not fit the images, or knows latents where there are images, its labels have other meanings, or its weights are not finite.
         OSError: there is no such pipeline.
     """
     where: dict[str, Any] = {"cache_dir": cache_dir}
-    transformer = "transformer" in DiffusionPipeline.load_config(pretrained_model_name_or_path, **where)
+    parts = DiffusionPipeline.load_config(pretrained_model_name_or_path, **where)
+    if not latents and any((parts.get(part) or [None])[0] for part in ("vae", "vqvae")):
+        raise ValueError(
+            f"the network of {pretrained_model_name_or_path} knows latents of its autoencoder, and this run trains on images. "
+            f"Pass a pipeline of images; or, to train a diffusion model on latents, vae={pretrained_model_name_or_path!r}."
+        )
+    transformer = "transformer" in parts
     kind: type[Network] = DiTTransformer2DModel if transformer else UNet2DModel
     network = kind.from_pretrained(
         pretrained_model_name_or_path, subfolder="transformer" if transformer else "unet", use_safetensors=True, **where

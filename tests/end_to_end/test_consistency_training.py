@@ -34,6 +34,7 @@ from tiny import (
     mistake,
     run_as_script,
     same,
+    tiny_autoencoder,
     train,
     weights,
 )
@@ -90,7 +91,7 @@ def test_the_loss_falls_on_the_digits(tmp_path):
         "--num_stages", 1, "--learning_rate", 3e-3, "--lr_warmup_steps", 0, "--report_to", "none", "--no-search_levels",
     ], main)  # fmt: skip
     losses = [line["loss"] for line in metrics(tmp_path / "run")[1:]]  # means over ten steps
-    assert losses[-1] < 0.8 * losses[0]
+    assert 0 < losses[-1] < 0.8 * losses[0]
     said = metadata(tmp_path / "run")
     assert said["objective"] == "stf" and said["reference"] == "bank" and said["reference_batch_size"] == 1797
     assert said["consistency"]["num_stages"] == 1 and said["process"]["name"] == "edm"
@@ -184,6 +185,14 @@ def test_both_points_get_the_same_dropout(flags, start, tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"dropout": dropout}))
         found[dropout] = first_loss([*argv, "--pretrained_model_name_or_path", model], tmp_path / "run")
     assert found[0.5] < 3 * found[0.0]
+
+
+def test_recomputed_activations_change_nothing(flags, tmp_path):
+    """With dropout, whose masks the recomputation repeats too."""
+    for name, more in {"kept": [], "recomputed": ["--gradient_checkpointing"]}.items():
+        train(flags(*more, "--output_dir", tmp_path / name), main)
+    kept, recomputed = (weights(tmp_path / name, "unet_raw") for name in ("kept", "recomputed"))
+    assert max(float((kept[key] - recomputed[key]).abs().max()) for key in kept) < 1e-6
 
 
 def test_both_points_are_computed_in_the_same_precision(flags, tmp_path):
@@ -334,3 +343,21 @@ def test_refused_in_one_line(typed, flags, capsys, tmp_path):
 def test_a_pipeline_of_another_process_is_refused_by_name(flags, start, capsys):
     said = mistake(flags(model=start("--noise_process", "vp")), capsys, main)
     assert re.search(r"--pretrained_model_name_or_path .* was trained on vp, and consistency models are", said)
+
+
+def test_a_pipeline_of_turned_images_is_refused_by_name(flags, start, capsys):
+    said = mistake(flags(model=start("--reorient", 0.5)), capsys, main)
+    assert "was trained with --reorient" in said and said.endswith("Pass a pipeline that was trained without.")
+
+
+def test_a_pipeline_of_latents_is_refused_also_where_images_have_as_many_channels(flags, start, capsys, tmp_path):
+    tiny_autoencoder().save_pretrained(tmp_path / "vae")
+    argv = flags("--image_mode", "RGBA", model=start("--vae", tmp_path / "vae"))
+    assert "knows latents of its autoencoder, and this run trains on images" in mistake(argv, capsys, main)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_process_is_refused_in_one_line(flags, start, capsys, tmp_path):
+    shutil.copytree(start("--noise_process", "vp"), tmp_path / "run")
+    said = mistake(flags("--resume_from_checkpoint", "latest"), capsys, main)
+    assert re.search(r"checkpoint-1 belongs to another run: .*process \(\{'name': 'vp'", said)

@@ -49,6 +49,8 @@ def test_a_latent_model_keeps_its_scale(flags, tune, tmp_path):
     torch.testing.assert_close(before.decode(z / scales[0]).sample, after.decode(z / scales[1]).sample)
     with pytest.raises(ValueError, match=r"is not the autoencoder of the pretrained pipeline.* Pass --vae"):
         tune("--vae", tmp_path / "vae", "--overwrite_output_dir")
+    with pytest.raises(ValueError, match=r"knows latents of its autoencoder, .* --vae"):
+        tune("--image_mode", "RGBA", "--overwrite_output_dir")  # as many channels as its latents
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("train_unconditional_stf", "generate", "quality_report", "variance_report", "reconstruct_ema")
+SCRIPTS = (
+    "train_unconditional_stf", "train_consistency_stf", "generate", "quality_report", "variance_report", "reconstruct_ema",
+)  # fmt: skip
 TRAINING = [
     "--max_train_steps", "2", "--checkpointing_steps", "1", "--num_samples", "1", "--num_inference_steps", "2",
     "--train_batch_size", "8", "--report_to", "none", "--post_hoc_ema",
@@ -88,6 +90,9 @@ def test_scripts_run_where_they_are_copied(run: Run, tmp_path: Path, extractor: 
         shutil.copy(ROOT / "examples" / f"{name}.py", copies[name])
     run(*LAUNCH, copies["train_unconditional_stf"], *TRAINING, "--output_dir", "run")
     assert (away / "run" / "model_index.json").is_file() and (away / "run" / "checkpoint-2").is_dir()
+    run(copies["train_consistency_stf"], "--pretrained_model_name_or_path", "run", "--output_dir", "tuned",
+        "--max_train_steps", 2, "--num_samples", 1, "--no-search_levels", "--report_to", "none")  # fmt: skip
+    assert (away / "tuned" / "model_index.json").is_file()
     run(copies["generate"], "--model", "run", "--output_dir", "samples", "--num_images", 6, "--num_inference_steps", 2)
     assert len(list((away / "samples" / "images").glob("*.png"))) == 6
     with Image.open(away / "samples" / "images" / "000000.png") as image:
