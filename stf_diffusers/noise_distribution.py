@@ -221,9 +221,9 @@ def distribution_to_config(distribution: NoiseDistribution) -> dict[str, Any]:
         TypeError: it is not one of `NOISE_DISTRIBUTIONS`.
     """
     for name, kind in NOISE_DISTRIBUTIONS.items():
-        if type(distribution) is kind:
-            fields = (field.name for field in dataclasses.fields(kind))
-            return {"name": name, **{field: _as_json(getattr(distribution, field)) for field in fields}}
+        # One that derives from it is another distribution.
+        if isinstance(distribution, kind) and type(distribution) is kind:
+            return {"name": name, **{key: _as_json(value) for key, value in dataclasses.asdict(distribution).items()}}
     raise TypeError(
         f"only distributions of the kinds {', '.join(NOISE_DISTRIBUTIONS)} can be saved; got {distribution!r}."
     )
