@@ -1,6 +1,5 @@
 """The Heun scheduler: reference numbers through the loop of stock pipelines, configurations, churn, precision."""
 
-import inspect
 import json
 import math
 from functools import partial
@@ -23,12 +22,12 @@ from stf_diffusers import (
     Discretization,
     EDMHeunScheduler,
     SchedulerProcess,
-    STFPipeline,
     STFTrainingObjective,
     network_denoiser,
     sample_ode,
 )
 from stf_diffusers.export import METADATA_KEY, diffusers_pipeline, save_pipeline
+from stf_diffusers.sampling_call import default_steps
 
 float64 = torch.float64
 CHURN = {"s_churn": 40.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
@@ -321,7 +320,7 @@ def test_default_number_of_steps_is_the_pipeline_s():
     scheduler = EDMHeunScheduler()
     scheduler.set_timesteps()
     assert scheduler.num_inference_steps == 18 and len(scheduler.timesteps) == 35
-    assert inspect.signature(STFPipeline.__call__).parameters["num_inference_steps"].default == 18
+    assert default_steps("heun", None) == 18
 
 
 def test_generators_may_be_a_tuple():
