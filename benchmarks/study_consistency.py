@@ -14,7 +14,7 @@
 
 Each call goes on where the last one stopped, killed or not. For each seed an EDM model is trained on the STF target with all
 images, and tuned in four ways: Easy Consistency Tuning (ECT), and its points on the line to the posterior mean over n = 256,
-1,024 and all images. The last call writes results.md and three figures: the distances of samples in one and two steps, those
+1,024 and all images. The last call writes results.md and figures: the distances of samples in one and two steps, those
 of the start model in 35 evaluations; the noise of the gradient by noise level; and samples of the same seeds. Distances are as in study_cifar10.py; of
 two steps the least over the intermediate levels, which are the same for all.
 """
@@ -263,24 +263,25 @@ def report(args: argparse.Namespace) -> None:
 def draw(args: argparse.Namespace, select: Callable[..., list[float]], noise: list[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
     start = mean(select(None, args.start_steps, "distance_35", start=True))
     steps = (args.steps // 2, args.steps)
-    for n in SIZES:
-        values = {key: [select(n, step, key) for step in steps] for key in ("distance_1", "distance_2")}
-        rate = median(select(n, args.steps, "images_per_second"))
-        for axis, seen in zip(axes, ([64 * step for step in steps], [64 * step / rate for step in steps]), strict=True):
-            for key, style in (("distance_1", "-"), ("distance_2", "--")):
-                label = f"{Tuning(n, 0).target}, {key[-1]} step{'s' * (key[-1] == '2')}"
-                means = [mean(v) for v in values[key]]
-                axis.plot(seen, means, style, marker="o", label=label, color=f"C{SIZES.index(n)}")
-    for axis, label in zip(axes, ("images seen", "seconds of tuning"), strict=True):
-        axis.axhline(start, color="grey", lw=0.8)
-        axis.set(xlabel=label, yscale="log")
-    axes[0].set_ylabel("Fréchet distance (grey: start model, 35 evaluations)")
-    axes[1].legend(frameon=False, fontsize=7)
-    figure.savefig(args.output_dir / "distance.png", dpi=110)
+    for name, label in (("images", "images seen"), ("time", "seconds of tuning")):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axis = figure.subplots()
+        for n in SIZES:
+            rate = median(select(n, args.steps, "images_per_second"))
+            seen = [64 * step / (rate if name == "time" else 1) for step in steps]
+            for key, style, what in (("distance_1", "-", "1 step"), ("distance_2", "--", "2 steps")):
+                means = [mean(select(n, step, key)) for step in steps]
+                axis.plot(
+                    seen, means, style, marker="o", label=f"{Tuning(n, 0).target}, {what}", color=f"C{SIZES.index(n)}"
+                )
+        axis.axhline(start, color="grey", lw=0.8, label="start model, 35 evaluations")
+        axis.set(
+            xlabel=label, ylabel="squared Fréchet distance", xticks=seen if name == "images" else axis.get_xticks()
+        )
+        axis.legend(frameon=False, fontsize=8)
+        figure.savefig(args.output_dir / f"distance_against_{name}.png", dpi=110)
     figure = Figure(figsize=(4.5, 3.6), layout="constrained")
     axis = figure.subplots()
     for n in SIZES:
