@@ -8,9 +8,14 @@ THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 .PHONY: demo test lint docs clean
 
+LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(THREADS)
+
 demo: $(VENV)/.demo
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process $(THREADS) examples/train_unconditional_stf.py @examples/configs/digits_demo.txt --output_dir digits-stf --overwrite_output_dir
+	$(LAUNCH) examples/train_unconditional_stf.py @examples/configs/digits_demo.txt \
+		--output_dir digits-stf --overwrite_output_dir
+	$(LAUNCH) examples/train_consistency_stf.py @examples/configs/digits_one_step.txt \
+		--pretrained_model_name_or_path digits-stf --output_dir digits-one-step --overwrite_output_dir
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
@@ -49,4 +54,4 @@ $(VENV)/.docs: $(VENV)/.torch setup.cfg
 	touch $@
 
 clean:
-	rm -rf $(VENV) digits-stf docs/_build
+	rm -rf $(VENV) digits-stf digits-one-step docs/_build
