@@ -115,20 +115,19 @@ def train(folder: Path, steps: int, command: Sequence[str], deadline: float) -> 
     return code == 0
 
 
-def load_images(dataset_name: str | None, resolution: int | None = None) -> ImageColumn:
+def load_images(dataset_name: str | None) -> ImageColumn:
     dataset = load_split(dataset_name)
     column = find_image_column(dataset)
-    reader = make_reader(dataset, column, None, resolution, False)
+    reader = make_reader(dataset, column, None, None, False)
     return ImageColumn(dataset, column, reader, images=decode_all(dataset, column, reader, math.inf, quiet=True))
 
 
-def train_extractor(output_dir: Path, dataset_name: str | None, resolution: int | None = None) -> Path:
+def train_extractor(output_dir: Path, dataset_name: str | None) -> Path:
     """The feature extractor, trained in a process of its own at the first call."""
     folder = output_dir / "classifier"
     if not (folder / "accuracy.json").exists():
         command = [sys.executable, str(ROOT / "benchmarks" / "train_classifier.py"), "--output_dir", str(folder)]
         command += ["--dataset_name", dataset_name] if dataset_name else []
-        command += ["--resolution", str(resolution)] if resolution else []
         subprocess.run(command, check=True)
     return folder
 

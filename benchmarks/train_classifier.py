@@ -28,9 +28,6 @@ from stf_diffusers.training.image_reader import decode_all, make_reader
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", help="As for the training script. Default: scikit-learn's digits.")
-    parser.add_argument(
-        "--resolution", type=int, help="Side length that the generated images have. Default: the data's."
-    )
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -44,7 +41,7 @@ def main() -> None:
     dataset = load_split(args.dataset_name)
     column = find_image_column(dataset)
     label_column = find_label_column(dataset)
-    reader = make_reader(dataset, column, "RGB", args.resolution, False)
+    reader = make_reader(dataset, column, "RGB", None, False)
     pixels = decode_all(dataset, column, reader, float("inf"), quiet=True)
     assert pixels is not None  # no budget
     labels = torch.tensor(dataset[label_column])
