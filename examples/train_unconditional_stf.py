@@ -72,6 +72,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="DISCRETE: schedule of the betas. Default: the pretrained pipeline's, otherwise linear.")
     for flag, how in flags.process_flags().items():
         method.add_argument(f"--{flag}", **how)
+    method.add_argument("--noise_distribution",
+        help="Noise levels sigma / alpha that are drawn: log_normal, logit_normal, log_uniform, or a JSON file of a "
+             "distribution. Default: the process's own.")
+    method.add_argument("--noise_mean", type=flags.number(float, -20, high=20),
+        help="Mean of ln(sigma / alpha) for log_normal (default: -1.2), of the logit for logit_normal (default: 0).")
+    method.add_argument("--noise_std", type=flags.number(float, 0, above=True, high=10),
+        help="Standard deviation of the same. Default: 1.2 and 1.")
     method.add_argument("--reorient", type=flags.number(float, 0, high=1), default=0.0,
         help="Share of images that are rotated or flipped and labelled as such; samples are upright.")
 
@@ -117,6 +124,11 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.streaming and (args.vae or args.dataloader_num_workers),
          "--streaming reads images in the training process: leave --vae and --dataloader_num_workers out."),
     ]
+    twice = next((flag for flag in flags.OWN_DISTRIBUTION if getattr(args, flag) is not None), None)
+    noise = [
+        (args.noise_distribution and twice,
+         f"--{twice} and --noise_distribution both say what noise levels are drawn. Leave one out."),
+    ]
     latents = [
         (args.latents == "mean" and not args.vae, "--latents needs --vae."),
         (args.vae and args.reorient,
@@ -130,7 +142,7 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.vae and args.reference_device == "disk",
          "--reference_device disk keeps images, not latents. Leave it out."),
     ]
-    return [(bool(wrong), message) for wrong, message in (*data, *latents)]
+    return [(bool(wrong), message) for wrong, message in (*data, *noise, *latents)]
 # fmt: on
 
 
@@ -145,6 +157,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from stf_diffusers import STFTrainingObjective
 from stf_diffusers.export import Network, diffusers_pipeline, process_to_config
+from stf_diffusers.noise_distribution import distribution_to_config
 from stf_diffusers.training import run_folder
 from stf_diffusers.training.autoencoder import check_fit, check_same_autoencoder, load_autoencoder
 from stf_diffusers.training.averages import ExponentialAverage, PostHocAverages
@@ -164,7 +177,7 @@ from stf_diffusers.training.image_data import flip_at_random, open_images
 from stf_diffusers.training.latents import load_latents
 from stf_diffusers.training.launch import make_accelerator, start_logging
 from stf_diffusers.training.network import choose_network, pretrained_metadata
-from stf_diffusers.training.noise_process import DISCRETE_PARAMETERS, choose_process
+from stf_diffusers.training.noise_process import DISCRETE_PARAMETERS, choose_distribution, choose_process
 from stf_diffusers.training.pipeline_saver import PipelineSaver
 from stf_diffusers.training.references import choose_references
 from stf_diffusers.training.run_lock import RunLock
@@ -249,7 +262,10 @@ def main(argv: list[str] | None = None) -> None:
             standard_deviation=(lambda: 1.0) if args.vae else (lambda: images.standard_deviation),
             saved=saved,
         )
-        objective = STFTrainingObjective(process)
+        distribution = choose_distribution(
+            args.noise_distribution, process, noise_mean=args.noise_mean, noise_std=args.noise_std
+        )
+        objective = STFTrainingObjective(process, distribution=distribution)
         vae, shape = load_autoencoder(args.vae, args.cache_dir).to(device) if args.vae else None, images.shape
         if vae is not None:
             if pretrained:
@@ -348,6 +364,7 @@ def main(argv: list[str] | None = None) -> None:
                 "num_classes": images.num_classes, "reference": references.kind, "reference_batch_size": references.n,
                 "num_processes": num_processes, "share_reference": references.shared,
                 "process": process_to_config(process), "sampling_range": sampling_range,
+                "noise_distribution": distribution_to_config(distribution) if distribution else None,
                 "null_label": conditioning.null_label if args.class_dropout else None,
             },
         )  # fmt: skip
@@ -373,8 +390,8 @@ def main(argv: list[str] | None = None) -> None:
             run_folder.remove_latents(output_dir, kept=latent_file)
             metrics_file = MetricsFile(output_dir / run_folder.METRICS, first_step)
         logger.info(
-            "%s on %s with %s; %s; %.1f M parameters; %d steps of %d images; processes: %d.",
-            args.objective.upper(), process, references, images,
+            "%s on %s at %s noise levels with %s; %s; %.1f M parameters; %d steps of %d images; processes: %d.",
+            args.objective.upper(), process, distribution or "its own", references, images,
             network.num_parameters() / 1e6, max_steps, images_per_step, num_processes,
         )  # fmt: skip
 

@@ -233,13 +233,20 @@ def distribution_from_config(config: dict[str, Any]) -> NoiseDistribution:
     """The inverse of `distribution_to_config`.
 
     Raises:
-        ValueError: the name is not in `NOISE_DISTRIBUTIONS`.
+        ValueError: the name is not in `NOISE_DISTRIBUTIONS`, or the parameters are not those of the distribution.
     """
+    if not isinstance(config, dict):
+        raise ValueError(f"a noise distribution is saved as a dictionary; got {type(config).__name__}.")
     parameters = dict(config)
     name = parameters.pop("name", None)
     if name not in NOISE_DISTRIBUTIONS:
         raise ValueError(f"the noise distribution {name!r} is not one of {', '.join(NOISE_DISTRIBUTIONS)}.")
-    distribution: NoiseDistribution = NOISE_DISTRIBUTIONS[name](**parameters)
+    kind = NOISE_DISTRIBUTIONS[name]
+    known = [field.name for field in dataclasses.fields(kind)]
+    required = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    if parameters.keys() - set(known) or set(required) - parameters.keys():
+        raise ValueError(f"{name} takes {', '.join(known)}; got {', '.join(parameters) or 'none'}.")
+    distribution: NoiseDistribution = kind(**parameters)
     return distribution
 
 

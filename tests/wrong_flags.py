@@ -66,6 +66,8 @@ VALUES = {
     "--p_std 1e6": "at most 10",
     "--num_inference_steps 2000": "at most 1000",
     "--epsilon_t 0.9": "at most 0.5",
+    "--noise_std 0": "above 0",
+    "--noise_mean 30": "at most 20",
     "--class_dropout 1": "at most 0.99",
     "--eval_num_samples 4": "must be at least 5",
 }
@@ -87,6 +89,14 @@ COMBINATIONS = {
     "foreign parameter": Row("--noise_process vp --p_mean 0", "--p_mean is not a parameter of --noise_process vp"),
     "range upside down": Row("--noise_process ve --sigma_min 5 --sigma_max 1", "sigma_min < sigma_max"),
     "noise lost in float32": Row("--noise_process ve --sigma_min 1e-4", "Raise sigma_min"),
+    "two sources of noise levels": Row(
+        "--noise_distribution log_uniform --p_mean 0", "--p_mean and --noise_distribution both say"
+    ),
+    "no such distribution": Row("--noise_distribution normal", ("--noise_distribution normal is none of", "log_normal")),
+    "a mean without a distribution": Row("--noise_mean 0", "--noise_mean needs --noise_distribution log_normal"),
+    "levels that the process does not have": Row(
+        "--noise_process ve --noise_distribution log_normal --noise_mean 15", "at which the process is trained"
+    ),
     "missing column": Row("--image_column picture", "has the columns"),
     "no labels there": Row("--class_conditional --label_column kind", "has the columns"),
     "resolution and network": Row("--resolution 9", "multiple of 2"),

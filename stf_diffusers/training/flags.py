@@ -109,6 +109,10 @@ def process_flags() -> dict[str, dict[str, Any]]:
     return flags
 
 
+# Parameters of processes that describe what noise levels are drawn: `noise_distribution` takes their place.
+OWN_DISTRIBUTION = ("p_mean", "p_std", "time_distribution", "logit_mean", "logit_std")
+
+
 def make_parser(description: str | None) -> Parser:
     """A parser for which ``@file`` stands for the flags in a file, one or more per line, with comments."""
     parser = Parser(

@@ -1,15 +1,20 @@
-"""The noise process of a training, from a name and its parameters, and from the pipeline that is trained further."""
+"""The noise process of a training, from a name and its parameters, and from the pipeline that is trained further; and the
+distribution of the noise levels drawn.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from diffusers import DDPMScheduler
 
 from ..noise import EDM, NOISE_PROCESSES, NoiseProcess
+from ..noise_distribution import LogitNormal, LogNormal, NoiseDistribution, Piecewise, distribution_from_config
 from ..scheduler_process import SchedulerProcess
 from ..stock_schedulers import DISCRETE, on_cpu, scheduler_from_config
 
@@ -106,3 +111,54 @@ def _discrete_process(parameters: Mapping[str, Any], saved: Mapping[str, Any] | 
                 f"{name}={value!r}, but the pretrained pipeline was trained with {own!r}. Leave {name}= out."
             )
     return SchedulerProcess(scheduler_from_config(dict(saved)))
+
+
+def choose_distribution(
+    noise_distribution: str | None,
+    process: NoiseProcess,
+    *,
+    noise_mean: float | None = None,
+    noise_std: float | None = None,
+) -> NoiseDistribution | None:
+    """The distribution of the noise levels sigma / alpha that a training draws, cut off at the process's own range.
+
+    Args:
+        noise_distribution: "log_normal"; "logit_normal" or "log_uniform" between the levels at which the process is sampled;
+            or a JSON file of `distribution_to_config`. None: the process's own distribution.
+        process: the noise process.
+        noise_mean, noise_std: of ln(sigma / alpha) for "log_normal", by default Karras et al.'s -1.2 and 1.2; of the logit
+            for "logit_normal", by default 0 and 1.
+
+    Returns:
+        The distribution; None for the process's own.
+
+    Raises:
+        ValueError: a parameter that the distribution does not have, a file that is none, or a distribution that has next to
+            nothing where the process is trained.
+    """
+    given = {key: value for key, value in (("mean", noise_mean), ("std", noise_std)) if value is not None}
+    if given and noise_distribution not in ("log_normal", "logit_normal"):
+        raise ValueError(f"noise_{next(iter(given))}= needs noise_distribution='log_normal' or 'logit_normal'.")
+    distribution: NoiseDistribution
+    if noise_distribution is None:
+        return None
+    if noise_distribution == "log_normal":
+        distribution = LogNormal(**given)
+    elif noise_distribution == "logit_normal":
+        distribution = LogitNormal(*process.sampling_range(), **given)
+    elif noise_distribution == "log_uniform":
+        distribution = Piecewise.log_uniform(*process.sampling_range())
+    else:
+        distribution = _saved_distribution(Path(noise_distribution))
+    process.times_from(distribution, 1, device="cpu")  # one that does not fit fails here
+    return distribution
+
+
+def _saved_distribution(path: Path) -> NoiseDistribution:
+    try:
+        return distribution_from_config(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"noise_distribution={str(path)!r} is none of log_normal, logit_normal and log_uniform, and no JSON file of a "
+            f'distribution such as {{"name": "piecewise", "levels": [0.1, 1, 10], "weights": [1, 2]}}: {error}.'
+        ) from error

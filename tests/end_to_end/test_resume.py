@@ -24,6 +24,18 @@ def test_resumed_run_ends_like_an_uninterrupted_one(flags, tmp_path):
         assert same(weights(whole, name), weights(interrupted, name))
 
 
+def test_noise_levels_resume_bit_for_bit_and_no_others(flags, tmp_path):
+    drawn = ["--noise_distribution", "log_normal", "--noise_mean", 0.4, "--lr_scheduler", "constant"]
+    train(flags(*drawn, "--checkpointing_steps", 2))
+    resumed = ["--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
+    for other in ([], ["--noise_distribution", "log_normal", "--noise_mean", 0.5]):
+        with pytest.raises(ValueError, match="belongs to another run: noise_distribution"):
+            train(flags("--lr_scheduler", "constant", *other, *resumed))
+    train(flags(*drawn, *resumed))
+    train(flags(*drawn, "--max_train_steps", 4, "--output_dir", tmp_path / "whole"))
+    assert same(weights(tmp_path / "run", "unet_raw"), weights(tmp_path / "whole", "unet_raw"))
+
+
 def test_latent_runs_resume_bit_for_bit(flags, tmp_path):
     """Drawn latents and mirrored images too; the latents are encoded once."""
     tiny_autoencoder().save_pretrained(tmp_path / "vae")

@@ -172,6 +172,18 @@ def test_logged_values(flags, tmp_path):
     assert "samples" in events.Tags()["images"]
 
 
+@pytest.mark.parametrize("process", ["edm", "ve", "vp", "flow", "discrete"])
+def test_noise_levels_are_drawn_from_the_distribution_asked_for(process, flags, tmp_path):
+    """On every process: between 20 and 90 alone, which none draws by itself; said in the folder."""
+    levels = {"name": "piecewise", "levels": [20.0, 90.0], "weights": [1.0]}
+    (tmp_path / "levels.json").write_text(json.dumps(levels))
+    train(flags("--noise_process", process, "--noise_distribution", tmp_path / "levels.json", "--max_train_steps", 4))
+    reports = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    seen = {name for report in reports for name in report if name.startswith("loss/")}
+    assert seen == {"loss/sigma_above_10"}
+    assert metadata(tmp_path / "run")["noise_distribution"] == levels
+
+
 def test_sigma_data_is_measured(flags, tmp_path, caplog):
     train(flags("--sigma_data", 0.2))
     assert "more than 20 % from sigma_data = 0.2" in caplog.text

@@ -1,11 +1,14 @@
-"""The noise process of a training: given, measured, or that of the pipeline that is trained further."""
+"""The noise process of a training: given, measured, or that of the pipeline that is trained further; the levels drawn."""
+
+import json
 
 import pytest
 from accelerate import Accelerator
 
 from stf_diffusers import EDM, VE, VP, FlowMatching
 from stf_diffusers.export import process_to_config
-from stf_diffusers.training.noise_process import choose_process
+from stf_diffusers.noise_distribution import LogitNormal, LogNormal, Piecewise, distribution_to_config
+from stf_diffusers.training.noise_process import choose_distribution, choose_process
 
 
 def never():
@@ -76,3 +79,47 @@ def test_parameters_of_other_processes():
         choose_process("vp", {"p_mean": 0.0}, standard_deviation=never)
     with pytest.raises(ValueError, match="logit_std= needs time_distribution='logit_normal'"):
         choose_process("flow", {"logit_std": 1.0}, standard_deviation=never)
+
+
+def test_distributions_by_name_and_from_a_file(tmp_path):
+    assert choose_distribution(None, EDM()) is None
+    assert choose_distribution("log_normal", VP()) == LogNormal(-1.2, 1.2), "Karras et al.'s"
+    assert choose_distribution("log_normal", EDM(), noise_mean=-0.4, noise_std=1.0) == LogNormal(-0.4, 1.0)
+    assert choose_distribution("log_uniform", VE(0.01, 50.0)) == Piecewise.log_uniform(0.01, 50.0)
+    assert choose_distribution("logit_normal", VE(0.01, 50.0), noise_std=0.5) == LogitNormal(0.01, 50.0, 0.0, 0.5)
+    saved = Piecewise((0.1, 1.0, 30.0), (1.0, 3.0))
+    (tmp_path / "levels.json").write_text(json.dumps(distribution_to_config(saved)))
+    assert choose_distribution(str(tmp_path / "levels.json"), FlowMatching()) == saved
+
+
+@pytest.mark.parametrize("name", [None, "log_uniform", "levels.json"])
+def test_a_mean_of_a_distribution_that_has_none(name):
+    with pytest.raises(ValueError, match=r"noise_mean= needs noise_distribution='log_normal' or 'logit_normal'"):
+        choose_distribution(name, EDM(), noise_mean=0.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting property name"),
+        ("[1]", "got list"),
+        ('{"mean": 1}', "None is not one of log_normal"),
+        ('{"name": "log_normal", "scale": 1}', "takes mean, std; got scale"),
+        ('{"name": "piecewise", "levels": [1, 2]}', "takes levels, weights; got levels"),
+        ('{"name": "piecewise", "levels": [2, 1], "weights": [1]}', "increasing"),
+        ('{"name": "piecewise", "levels": 3, "weights": [1]}', "not iterable"),
+    ],
+)
+def test_files_that_are_no_distribution(content, says, tmp_path):
+    path = tmp_path / "levels.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match="is none of log_normal, logit_normal and log_uniform") as raised:
+        choose_distribution(str(path), EDM())
+    assert says in str(raised.value)
+
+
+def test_a_distribution_beside_the_process_is_refused():
+    with pytest.raises(ValueError, match="at which the process is trained"):
+        choose_distribution("log_normal", VE(0.01, 50.0), noise_mean=10.0, noise_std=0.1)
