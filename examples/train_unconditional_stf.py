@@ -73,8 +73,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for flag, how in flags.process_flags().items():
         method.add_argument(f"--{flag}", **how)
     method.add_argument("--noise_distribution",
-        help="Noise levels sigma / alpha that are drawn: log_normal, logit_normal, log_uniform, or a JSON file of a "
-             "distribution. Default: the process's own.")
+        help="Noise levels sigma / alpha that are drawn: log_normal, logit_normal, log_uniform, profile (half of them where "
+             "the data's entropy rate is, which is measured), or a JSON file of a distribution. Default: the process's own.")
     method.add_argument("--noise_mean", type=flags.number(float, -20, high=20),
         help="Mean of ln(sigma / alpha) for log_normal (default: -1.2), of the logit for logit_normal (default: 0).")
     method.add_argument("--noise_std", type=flags.number(float, 0, above=True, high=10),
@@ -126,6 +126,9 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
     ]
     twice = next((flag for flag in flags.OWN_DISTRIBUTION if getattr(args, flag) is not None), None)
     noise = [
+        (args.noise_distribution == "profile" and (args.streaming or args.vae),
+         "--noise_distribution profile measures the images before the training: leave --streaming and --vae out, or pass "
+         "a file of variance_report.py."),
         (args.noise_distribution and twice,
          f"--{twice} and --noise_distribution both say what noise levels are drawn. Leave one out."),
     ]
@@ -177,7 +180,7 @@ from stf_diffusers.training.image_data import flip_at_random, open_images
 from stf_diffusers.training.latents import load_latents
 from stf_diffusers.training.launch import make_accelerator, start_logging
 from stf_diffusers.training.network import choose_network, pretrained_metadata
-from stf_diffusers.training.noise_process import DISCRETE_PARAMETERS, choose_distribution, choose_process
+from stf_diffusers.training.noise_process import DISCRETE_PARAMETERS, choose_distribution, choose_process, profile_of
 from stf_diffusers.training.pipeline_saver import PipelineSaver
 from stf_diffusers.training.references import choose_references
 from stf_diffusers.training.run_lock import RunLock
@@ -253,7 +256,8 @@ def main(argv: list[str] | None = None) -> None:
         saved = pretrained_metadata(pretrained, args.cache_dir)
         parameters = (*flags.process_flags(), *DISCRETE_PARAMETERS)
         given = {flag: getattr(args, flag) for flag in parameters if getattr(args, flag) is not None}
-        begun_on = run_folder.run_of(resume).get("process", {})
+        begun = run_folder.run_of(resume)
+        begun_on = begun.get("process", {})
         if "sigma_data" in begun_on and args.noise_process in (None, begun_on["name"]):
             given.setdefault("sigma_data", begun_on["sigma_data"])
         process, sampling_range = choose_process(
@@ -263,8 +267,10 @@ def main(argv: list[str] | None = None) -> None:
             saved=saved,
         )
         distribution = choose_distribution(
-            args.noise_distribution, process, noise_mean=args.noise_mean, noise_std=args.noise_std
-        )
+            args.noise_distribution, process, noise_mean=args.noise_mean, noise_std=args.noise_std,
+            profile=lambda: profile_of(pixels, process, seed=args.seed, device=device),
+            begun_with=begun.get("noise_distribution"),
+        )  # fmt: skip
         objective = STFTrainingObjective(process, distribution=distribution)
         vae, shape = load_autoencoder(args.vae, args.cache_dir).to(device) if args.vae else None, images.shape
         if vae is not None:

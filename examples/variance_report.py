@@ -4,7 +4,8 @@
     python examples/variance_report.py --output_dir variance-digits
     python examples/variance_report.py --dataset_name cifar10 --max_images 5000 --output_dir variance-cifar10
 
-Writes `index.html`, a page that needs no other file, its figures as PNG files, and the numbers as `variance.json`. The
+Writes `index.html`, a page that needs no other file, its figures as PNG files, the numbers as `variance.json`, and the noise
+levels that it recommends as `noise_distribution.json`, for --noise_distribution of the training script. The
 measurement needs matplotlib, but neither a network nor training.
 """
 
@@ -103,6 +104,8 @@ from stf_diffusers import ReferenceBank, __version__, target_variance
 from stf_diffusers.diagnostics import TargetVariance
 from stf_diffusers.files import replacing
 from stf_diffusers.noise import NoiseProcess
+from stf_diffusers.noise_distribution import distribution_to_config
+from stf_diffusers.noise_profile import entropy_rate, recommended_distribution
 from stf_diffusers.training.data_set import find_image_column, find_label_column, load_split, read_labels
 from stf_diffusers.training.image_column import with_images, without_corrupt
 from stf_diffusers.training.image_reader import decode_all, make_reader
@@ -201,19 +204,23 @@ def main(argv: list[str] | None = None) -> None:
     times = process.sample_t(100_000, generator=torch.Generator().manual_seed(args.seed))
     drawn = process.sigma(times) / process.alpha(times)
     advice = advise(rows, drawn)
-    pictures = draw(rows, drawn)
+    # Where all levels tell their source there is nothing to recommend.
+    recommended = recommended_distribution(rows, drawn) if any(entropy_rate(rows)) else None
+    pictures = draw(rows, drawn, recommended)
     command = shlex.join(["python", "examples/variance_report.py", *(sys.argv[1:] if argv is None else argv)])
     versions = f"stf_diffusers {__version__}, torch {torch.__version__}"
     numbers = {"command": command, "advice": asdict(advice), "rows": [asdict(row) for row in rows]}
     contents = {picture.name: picture.png for picture in pictures}
     contents["variance.json"] = json.dumps(without_nan(numbers), indent=1).encode()
-    contents["index.html"] = report_page(data, rows, advice, pictures, command, versions).encode()
+    contents["index.html"] = report_page(data, rows, advice, recommended, pictures, command, versions).encode()
+    if recommended is not None:
+        contents["noise_distribution.json"] = json.dumps(distribution_to_config(recommended), indent=1).encode()
     for name, content in contents.items():
         with replacing(args.output_dir / name) as file:
             file.write_bytes(content)
-    recommended = f"n = {advice.n}" if advice.n else "all images"
+    count = f"n = {advice.n}" if advice.n else "all images"
     seconds = time.perf_counter() - begun
-    print(f"{args.output_dir / 'index.html'}: {recommended} recommended; {seconds:.0f} s")
+    print(f"{args.output_dir / 'index.html'}: {count} recommended; {seconds:.0f} s")
 
 
 if __name__ == "__main__":

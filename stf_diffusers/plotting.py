@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .diagnostics import Estimate, TargetVariance
+from .noise_distribution import Piecewise
+from .noise_profile import entropy_rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,6 +50,35 @@ def plot_variance(rows: Sequence[TargetVariance], *, prediction_type: str = "sam
     if largest > 0:
         axis.set(yscale="log", ylim=(largest * _NEGLIGIBLE, largest * 3))
     axis.set_ylabel(f"variance of {_UNITS.get(prediction_type, prediction_type)}, summed over dimensions")
+    axis.legend(frameon=False)
+    return figure
+
+
+def plot_noise_levels(rows: Sequence[TargetVariance], drawn: Tensor, recommended: Piecewise) -> Figure:
+    """The data's entropy rate, the noise levels drawn in training, and a recommendation, as densities in ln(level).
+
+    Args:
+        rows: results of `target_variance`, one for each noise level.
+        drawn: (K,) noise levels sigma / alpha as they are drawn now.
+        recommended: the noise levels to draw.
+
+    Returns:
+        A figure that belongs to no window.
+
+    Raises:
+        ValueError: fewer than two noise levels.
+    """
+    levels = torch.tensor(_levels(rows), dtype=torch.float64, device="cpu")
+    figure, (axis,) = _figure(1)
+    rate = torch.tensor(entropy_rate(rows), dtype=torch.float64, device="cpu")
+    area = torch.trapezoid(rate, levels.log())
+    edges = torch.tensor(recommended.levels, dtype=torch.float64, device="cpu")
+    middles = (edges[:-1] * edges[1:]).sqrt()
+    counts = torch.histogram(drawn.to("cpu", torch.float64).log(), edges.log()).hist
+    axis.plot(levels, rate / area if area > 0 else rate, color="C1", label="entropy rate of the data")
+    axis.plot(middles, counts / counts.sum() / edges.log().diff(), color="grey", label="drawn now")
+    axis.plot(middles, recommended.log_density(middles.log()).exp(), color="C0", label="recommended")
+    axis.set(xscale="log", ylabel="density in ln(noise level)", xlabel="noise level sigma / alpha")
     axis.legend(frameon=False)
     return figure
 

@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from .diagnostics import Estimate, TargetVariance
-from .plotting import plot_phases, plot_remaining_share, plot_variance
+from .noise_distribution import Piecewise
+from .plotting import plot_noise_levels, plot_phases, plot_remaining_share, plot_variance
 
 # The two thresholds of the advice: the share of the loss's variance that a recommended n removes, and the share of the
 # largest variance in the loss below which a noise level does not matter.
@@ -110,7 +111,9 @@ small { color: #666; } code { overflow-wrap: anywhere; }
 """
 
 
-def advice_lines(advice: Advice, data: MeasuredData, rows: Sequence[TargetVariance]) -> list[str]:
+def advice_lines(
+    advice: Advice, data: MeasuredData, rows: Sequence[TargetVariance], recommended: Piecewise | None
+) -> list[str]:
     """What the report recommends, as HTML."""
     measured = ", ".join(f"{100 * share:.0f} % by {n:,}" for n, share in advice.removed.items())
     which = "references of the row's class" if data.within_classes else "references"
@@ -130,6 +133,14 @@ def advice_lines(advice: Advice, data: MeasuredData, rows: Sequence[TargetVarian
         f"variance, and it is at least {100 * NOTICEABLE:.0f} % of the largest in the loss.",
         f"<strong>{100 * advice.coverage:.1f} % of the noise levels that <code>{data.noise_process}</code> draws in training "
         "lie there.</strong> At the others there is little variance to remove.",
+        *(
+            [
+                "<strong>Noise levels to draw: <code>--noise_distribution noise_distribution.json</code></strong>, half of "
+                "them where the data's entropy rate is; the last figure shows them."
+            ]
+            if recommended is not None
+            else []
+        ),
     ]
 
 
@@ -162,7 +173,7 @@ class Picture:
         )
 
 
-def draw(rows: Sequence[TargetVariance], drawn: Tensor) -> list[Picture]:
+def draw(rows: Sequence[TargetVariance], drawn: Tensor, recommended: Piecewise | None) -> list[Picture]:
     figures = [
         (
             "variance",
@@ -187,6 +198,17 @@ def draw(rows: Sequence[TargetVariance], drawn: Tensor) -> list[Picture]:
             "many images are likely sources of one x_t.",
         ),
     ]
+    if recommended is not None:
+        figures.append(
+            (
+                "noise_levels",
+                plot_noise_levels(rows, drawn, recommended),
+                "Densities of the noise levels: entropy rate of the data, levels drawn now, levels recommended",
+                "Where the noise erases the data: the conditional entropy rate V_DSM / level², which is nil where x_t tells its "
+                "source and where it tells nothing. Recommended: half of the levels as they are drawn now, half in "
+                "proportion to this rate (noise_distribution.json).",
+            )
+        )
     pictures = []
     for name, figure, alt, caption in figures:
         file = io.BytesIO()
@@ -199,6 +221,7 @@ def report_page(
     data: MeasuredData,
     rows: Sequence[TargetVariance],
     advice: Advice,
+    recommended: Piecewise | None,
     pictures: Sequence[Picture],
     command: str,
     versions: str,
@@ -209,6 +232,7 @@ def report_page(
         data: what was measured.
         rows: the variance at each noise level, in ascending order.
         advice, pictures: results of `advise` and `draw`.
+        recommended: noise levels to draw, where the data have an entropy rate.
         command: the command that makes the report again.
         versions: versions of the software that made it.
     """
@@ -222,7 +246,7 @@ def report_page(
         if count < data.available
         else ""
     )
-    advised = "\n".join(f"<p>{line}</p>" for line in advice_lines(advice, data, rows))
+    advised = "\n".join(f"<p>{line}</p>" for line in advice_lines(advice, data, rows, recommended))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -30,7 +30,8 @@ CORE = [
     {"diagnostics"},
 ]
 ABOVE_DIFFUSERS = [
-    {"plotting", "image_grid"},
+    {"noise_profile", "image_grid"},
+    {"plotting"},
     {"variance_report", "stock_schedulers"},
     {"export", "scheduling_*", "feature_extractors", "quality", "sampling_call"},
     {"sde"},

@@ -93,6 +93,7 @@ COMBINATIONS = {
         "--noise_distribution log_uniform --p_mean 0", "--p_mean and --noise_distribution both say"
     ),
     "no such distribution": Row("--noise_distribution normal", ("--noise_distribution normal is none of", "log_normal")),
+    "a profile of a stream": Row("--noise_distribution profile --streaming", "leave --streaming and --vae out"),
     "a mean without a distribution": Row("--noise_mean 0", "--noise_mean needs --noise_distribution log_normal"),
     "levels that the process does not have": Row(
         "--noise_process ve --noise_distribution log_normal --noise_mean 15", "at which the process is trained"

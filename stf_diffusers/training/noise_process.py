@@ -7,16 +7,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast_object_list
 from diffusers import DDPMScheduler
 
+from ..diagnostics import target_variance
 from ..noise import EDM, NOISE_PROCESSES, NoiseProcess
-from ..noise_distribution import LogitNormal, LogNormal, NoiseDistribution, Piecewise, distribution_from_config
+from ..noise_distribution import (
+    LogitNormal,
+    LogNormal,
+    NoiseDistribution,
+    Piecewise,
+    distribution_from_config,
+    distribution_to_config,
+)
+from ..noise_profile import recommended_distribution
 from ..scheduler_process import SchedulerProcess
 from ..stock_schedulers import DISCRETE, on_cpu, scheduler_from_config
+from .sources import IndexedImages
 
 logger = logging.getLogger(__name__)
 
@@ -119,15 +132,19 @@ def choose_distribution(
     *,
     noise_mean: float | None = None,
     noise_std: float | None = None,
+    profile: Callable[[], NoiseDistribution] | None = None,
+    begun_with: Mapping[str, Any] | None = None,
 ) -> NoiseDistribution | None:
     """The distribution of the noise levels sigma / alpha that a training draws, cut off at the process's own range.
 
     Args:
         noise_distribution: "log_normal"; "logit_normal" or "log_uniform" between the levels at which the process is sampled;
-            or a JSON file of `distribution_to_config`. None: the process's own distribution.
+            "profile": what `profile` finds; or a JSON file of `distribution_to_config`. None: the process's own distribution.
         process: the noise process.
         noise_mean, noise_std: of ln(sigma / alpha) for "log_normal", by default Karras et al.'s -1.2 and 1.2; of the logit
             for "logit_normal", by default 0 and 1.
+        profile: measures the data, for instance by `profile_of`.
+        begun_with: config of the distribution of the run that is resumed, which is not measured again.
 
     Returns:
         The distribution; None for the process's own.
@@ -148,6 +165,8 @@ def choose_distribution(
         distribution = LogitNormal(*process.sampling_range(), **given)
     elif noise_distribution == "log_uniform":
         distribution = Piecewise.log_uniform(*process.sampling_range())
+    elif noise_distribution == "profile" and profile is not None:
+        distribution = distribution_from_config(dict(begun_with)) if begun_with else profile()
     else:
         distribution = _saved_distribution(Path(noise_distribution))
     process.times_from(distribution, 1, device="cpu")  # one that does not fit fails here
@@ -159,6 +178,42 @@ def _saved_distribution(path: Path) -> NoiseDistribution:
         return distribution_from_config(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"noise_distribution={str(path)!r} is none of log_normal, logit_normal and log_uniform, and no JSON file of a "
-            f'distribution such as {{"name": "piecewise", "levels": [0.1, 1, 10], "weights": [1, 2]}}: {error}.'
+            f"noise_distribution={str(path)!r} is none of log_normal, logit_normal, log_uniform and profile, and no JSON "
+            f'file of a distribution such as {{"name": "piecewise", "levels": [0.1, 1, 10], "weights": [1, 2]}}: {error}.'
         ) from error
+
+
+# The measurement for a distribution: as many images at most, noise levels, and draws at each.
+PROFILE_IMAGES, PROFILE_LEVELS, PROFILE_DRAWS = 5_000, 24, 64
+
+
+def profile_of(
+    images: IndexedImages, process: NoiseProcess, *, seed: int, device: torch.device | str = "cpu"
+) -> Piecewise:
+    """Half of the noise levels as a process draws them, half in proportion to the data's conditional entropy rate.
+
+    Measured on at most `PROFILE_IMAGES` images, within their classes where they have some, at noise levels from 0.05 to 100.
+    All processes of a launch get what the first one has measured.
+
+    Args:
+        images: the images of the training.
+        process: the noise process.
+        seed: random seed for the choice of images and the noise.
+        device: where to compute.
+    """
+    draws = torch.Generator("cpu").manual_seed(seed)
+    rows = torch.randperm(len(images), generator=draws, device="cpu")[:PROFILE_IMAGES].sort().values
+    labels = None if images.labels is None else images.labels[rows]
+    levels = torch.logspace(math.log10(0.05), 2, PROFILE_LEVELS, dtype=torch.float64, device="cpu")
+    # Of x_t only the noise level matters here, and every process's levels are times of EDM.
+    measured = target_variance(
+        EDM(), images.__getitems__(rows.tolist())["images"], levels,
+        num_samples=PROFILE_DRAWS, labels=labels, device=device, generator=draws,
+    )  # fmt: skip
+    times = process.sample_t(100_000, generator=draws)
+    drawn = process.sigma(times) / process.alpha(times)
+    found = [distribution_to_config(recommended_distribution(measured, drawn[drawn.isfinite()]))]
+    broadcast_object_list(found)
+    distribution = distribution_from_config(found[0])
+    assert isinstance(distribution, Piecewise)
+    return distribution

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tiny import TINY, Trap, same, tiny_autoencoder, train, weights
+from tiny import TINY, Trap, accelerate_launch, metadata, same, tiny_autoencoder, train, weights
 
 
 def test_resumed_run_ends_like_an_uninterrupted_one(flags, tmp_path):
@@ -34,6 +34,21 @@ def test_noise_levels_resume_bit_for_bit_and_no_others(flags, tmp_path):
     train(flags(*drawn, *resumed))
     train(flags(*drawn, "--max_train_steps", 4, "--output_dir", tmp_path / "whole"))
     assert same(weights(tmp_path / "run", "unet_raw"), weights(tmp_path / "whole", "unet_raw"))
+
+
+def test_noise_levels_of_the_data_are_the_same_on_all_processes_and_resumed(flags, tmp_path):
+    profile = ["--noise_distribution", "profile", "--lr_scheduler", "constant", "--checkpointing_steps", 2]
+    train(flags(*profile, "--max_train_steps", 4))
+    run = tmp_path / "run"
+    levels = metadata(run)["noise_distribution"]
+    assert levels["name"] == "piecewise" and max(levels["weights"]) > 0
+    (tmp_path / "half").mkdir()
+    shutil.copytree(run / "checkpoint-2", tmp_path / "half" / "checkpoint-2")
+    resumed = ["--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
+    train(flags(*profile, *resumed, "--output_dir", tmp_path / "half"))
+    assert same(weights(run, "unet_raw"), weights(tmp_path / "half", "unet_raw"))
+    accelerate_launch(flags(*profile, "--output_dir", tmp_path / "two"), processes=2)
+    assert metadata(tmp_path / "two")["noise_distribution"] == levels
 
 
 def test_latent_runs_resume_bit_for_bit(flags, tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 import variance_report as script
 from stf_diffusers import EDM, VP, FlowMatching, target_variance
+from stf_diffusers.noise_distribution import LogNormal, distribution_from_config
 from stf_diffusers.training.data_set import load_digits_dataset
 
 pytest.importorskip("matplotlib")
@@ -72,7 +73,7 @@ def test_the_page_stands_alone(digits):
     assert {"charset": "utf-8"} in page.all("meta")
     assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
     assert not page.all("script") and not re.search(r"(?:src|href)=\"(?!data:)|url\(|@import|https?://", text)
-    assert len(page.all("h1")) == 1 and len(page.all("figure")) == len(page.all("figcaption")) == 3
+    assert len(page.all("h1")) == 1 and len(page.all("figure")) == len(page.all("figcaption")) == 4
     embedded = []
     for picture in page.all("img"):
         assert len(picture["alt"]) > 20
@@ -80,11 +81,17 @@ def test_the_page_stands_alone(digits):
         assert kind == "data:image/png;base64"
         embedded.append(base64.b64decode(content))
     assert all(content.startswith(PNG) for content in embedded)
-    assert sorted(embedded) == sorted(path.read_bytes() for path in digits.glob("*.png")) and len(embedded) == 3
+    assert sorted(embedded) == sorted(path.read_bytes() for path in digits.glob("*.png")) and len(embedded) == 4
     names = {path.name for path in digits.iterdir()}
-    assert names == {"index.html", "variance.json", "variance.png", "phases.png", "remaining.png"}, (
-        "nothing aside is left"
-    )
+    assert names == {
+        "index.html",
+        "variance.json",
+        "variance.png",
+        "phases.png",
+        "remaining.png",
+        "noise_levels.png",
+        "noise_distribution.json",
+    }, "nothing aside is left"
 
 
 def test_the_table_has_the_numbers_that_are_computed(digits):
@@ -108,6 +115,20 @@ def test_the_table_has_the_numbers_that_are_computed(digits):
             assert error == pytest.approx(estimate.standard_error, rel=0.06, abs=1e-9)
         assert numbers["dsm"] == pytest.approx(list(row.dsm), abs=1e-15)
         assert numbers["stf"]["64"] == pytest.approx(list(row.stf[64]), abs=1e-15)
+
+
+def test_noise_levels_are_recommended(digits):
+    """Half of EDM's own, half where the entropy rate of the page's own table is."""
+    levels = distribution_from_config(json.loads((digits / "noise_distribution.json").read_text()))
+    rows = json.loads((digits / "variance.json").read_text())["rows"]
+    logs = np.log([row["sigma"] for row in rows])
+    rates = [row["dsm"][0] / row["sigma"] ** 2 for row in rows]
+    edges = np.log(levels.levels)
+    middles = (edges[1:] + edges[:-1]) / 2
+    ahead = np.interp(middles, logs, rates, left=0, right=0)
+    own = np.diff(LogNormal(-1.2, 1.2).cdf(torch.from_numpy(edges)).numpy())
+    np.testing.assert_allclose(levels.weights, own / 2 + ahead / ahead.sum() / 2, atol=5 * math.sqrt(0.06 / 100_000))
+    assert "--noise_distribution noise_distribution.json" in (digits / "index.html").read_text()
 
 
 def test_the_advice_follows_its_rule(digits):

@@ -115,7 +115,7 @@ def test_files_that_are_no_distribution(content, says, tmp_path):
     path = tmp_path / "levels.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ValueError, match="is none of log_normal, logit_normal and log_uniform") as raised:
+    with pytest.raises(ValueError, match="is none of log_normal, logit_normal, log_uniform and profile") as raised:
         choose_distribution(str(path), EDM())
     assert says in str(raised.value)
 
