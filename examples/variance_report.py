@@ -103,7 +103,7 @@ from tqdm.auto import tqdm
 from stf_diffusers import ReferenceBank, __version__, target_variance
 from stf_diffusers.diagnostics import TargetVariance
 from stf_diffusers.files import replacing
-from stf_diffusers.noise import NoiseProcess
+from stf_diffusers.forward_process import NoiseProcess
 from stf_diffusers.noise_distribution import distribution_to_config
 from stf_diffusers.noise_profile import entropy_rate, recommended_distribution
 from stf_diffusers.training.data_set import find_image_column, find_label_column, load_split, read_labels

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from .consistency import ConsistencySchedule, ConsistencyTrainingObjective
 from .denoising import network_denoiser
 from .diagnostics import target_variance
-from .noise import EDM, VE, VP, FlowMatching, NoiseProcess
+from .forward_process import NoiseProcess
+from .noise import EDM, VE, VP, FlowMatching
 from .objective import PerturbedBatch, STFTrainingObjective
 from .posterior import PosteriorMean, posterior_mean
 from .reference_bank import ReferenceBank

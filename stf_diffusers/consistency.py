@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .noise import NoiseProcess, expand_as_rows
+from .forward_process import NoiseProcess, expand_as_rows
 from .posterior import PosteriorMean, check_tensor, full_precision
 from .reference_set import ReferenceSet
 from .scheduler_process import SchedulerProcess

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .noise import NoiseProcess, expand_as_rows
+from .forward_process import NoiseProcess, expand_as_rows
 from .prediction import recover_x0_and_noise
 
 # D(x; sigma): x (B, ...) float64, sigma () or (B,) float64 -> (B, ...), an estimate of E[x0 | x0 + sigma noise = x].

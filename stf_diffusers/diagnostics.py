@@ -16,7 +16,7 @@ from typing import NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
-from .noise import NoiseProcess
+from .forward_process import NoiseProcess
 from .posterior import ReferenceRows, full_precision, pixels_to_float, take_rows
 from .prediction import prediction_coefficients
 from .reference_bank import ReferenceBank

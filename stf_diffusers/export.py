@@ -29,7 +29,8 @@ from diffusers import (
 )
 
 from .files import sync
-from .noise import EDM_SAMPLING_RANGE, NOISE_PROCESSES, NoiseProcess
+from .forward_process import EDM_SAMPLING_RANGE, NoiseProcess
+from .noise import NOISE_PROCESSES
 from .scheduler_process import SchedulerProcess
 from .stock_schedulers import (
     DISCRETE,

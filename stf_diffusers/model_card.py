@@ -18,7 +18,7 @@ from .export import (
     sampling_labels,
     stock_pipeline_class,
 )
-from .noise import NoiseProcess
+from .forward_process import NoiseProcess
 from .scheduler_process import SchedulerProcess
 from .stock_schedulers import DISCRETE_SCHEDULERS
 

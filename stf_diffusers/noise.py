@@ -1,21 +1,16 @@
-"""Forward processes ``x_t = alpha(t) x0 + sigma(t) noise``.
-
-A process says what is noised and how (`alpha`, `sigma`, `sample_t`), and what its network sees and returns
-(`input_scale`, `timestep`, `output_coefficients`). Training, saving and sampling read this one description.
-In Diffusers a "scheduler" is the sampler; here t grows with the noise.
-"""
+"""The forward processes that the package knows: EDM, VE, VP, flow matching."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .noise_distribution import NoiseDistribution
+from .forward_process import Device, Generator, Levels, NoiseProcess, UniformTime, parameter
+from .noise_distribution import LogNormal, NoiseDistribution, Piecewise
 from .prediction import (
     edm_preconditioning,
     prediction_coefficients,
@@ -24,21 +19,8 @@ from .prediction import (
     vp_preconditioning,
 )
 
-SchedulerFamily = Literal["edm", "alphas_cumprod", "flow"]
-Generator: TypeAlias = torch.Generator | None
-Device: TypeAlias = torch.device | str | None
-Levels: TypeAlias = NoiseDistribution | None
-
-# Extremes of the noise at which EDM networks are sampled (Karras et al. 2022, Table 1).
-EDM_SAMPLING_RANGE = (0.002, 80.0)
-
 # VP networks have seen next to no times below this one: Song et al. 2021 (arXiv 2011.13456), appendix C.
 _VP_FIRST_TIME = 1e-3
-
-
-def expand_as_rows(vector: Tensor, like: Tensor) -> Tensor:
-    """A (B,) vector as (B, 1, ..., 1), to multiply the rows of `like` (B, ...)."""
-    return vector.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _rand(batch_size: int, generator: Generator, device: Device, normal: bool = False) -> Tensor:
@@ -46,109 +28,6 @@ def _rand(batch_size: int, generator: Generator, device: Device, normal: bool = 
     draw = torch.randn if normal else torch.rand
     source = generator.device if generator is not None else device
     return draw(batch_size, generator=generator, device=source, dtype=torch.float32).to(device or source)
-
-
-class NoiseProcess(ABC):
-    """What the rest of the package knows of a forward process. All methods take t as (B,) and return (B,).
-
-    A new process is one such class, a frozen dataclass whose fields are made by `parameter`, and one line in
-    `NOISE_PROCESSES`: training, saving and sampling take it from there. Other attributes have no annotation.
-
-    Attributes:
-        last_time: the largest time.
-        scheduler_family: which Diffusers schedulers sample a network trained on it, by what they know of the noise:
-            "edm", those that precondition the network as Karras et al. do (the process has a `sigma_data`);
-            "alphas_cumprod", those with integer timesteps (`integer_times`), at which the network returns `prediction_type`;
-            "flow", those of flow matching. None: none.
-    """
-
-    last_time: float = math.inf
-    scheduler_family: SchedulerFamily | None = None
-    prediction_type: str = "epsilon"
-    sigma_data: float
-
-    @abstractmethod
-    def alpha(self, t: Tensor) -> Tensor:
-        """Coefficient of x0 at time t."""
-
-    @abstractmethod
-    def sigma(self, t: Tensor) -> Tensor:
-        """Coefficient of the noise at time t."""
-
-    @abstractmethod
-    def sample_t(
-        self, batch_size: int, generator: Generator = None, device: Device = None, distribution: Levels = None
-    ) -> Tensor:
-        """(batch_size,) times drawn from the process's own distribution, or `times_from` another; float32 unless said so."""
-
-    @abstractmethod
-    def time_of(self, ratio: Tensor) -> Tensor:
-        """The time at which sigma(t) / alpha(t) is `ratio`, (B,) positive."""
-
-    @abstractmethod
-    def input_scale(self, t: Tensor) -> Tensor:
-        """What x_t is multiplied by before the network sees it."""
-
-    @abstractmethod
-    def timestep(self, t: Tensor) -> Tensor:
-        """What is passed to the network as its timestep."""
-
-    @abstractmethod
-    def output_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, b), each (B,): the network's own output is ``a x0 + b noise``."""
-
-    def integer_times(self) -> Tensor:
-        """(T,) float64: the times whose `timestep` is 0, 1, ... T - 1, of 1,000 unless the process has its own number.
-
-        For the family "alphas_cumprod".
-        """
-        raise TypeError(f"{type(self).__name__} has no integer timesteps.")
-
-    def sampling_range(self) -> tuple[float, float]:
-        """The extremes of sigma / alpha between which networks are sampled."""
-        return EDM_SAMPLING_RANGE
-
-    def training_range(self) -> tuple[float, float]:
-        """The extremes of sigma / alpha that the process can be trained at: those it is sampled at, unless it has more."""
-        return self.sampling_range()
-
-    def times_from(
-        self, distribution: NoiseDistribution, batch_size: int, generator: Generator = None, device: Device = None
-    ) -> Tensor:
-        """(batch_size,) times whose noise levels follow a distribution, cut off at `training_range`.
-
-        Raises:
-            ValueError: next to nothing of the distribution lies in that range.
-        """
-        low, high = self.training_range()
-        levels = distribution.sample(batch_size, low=low, high=high, generator=generator, device=device)
-        return self.times_at(levels)
-
-    def times_at(self, levels: Tensor) -> Tensor:
-        """Training times (B,) of noise levels sigma / alpha (B,) float64: the nearest, where not all levels have one."""
-        return self.time_of(levels).to(torch.float32)
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """``alpha(t) x0 + sigma(t) noise`` for x0, noise (B, ...) and t (B,)."""
-        return expand_as_rows(self.alpha(t), x0) * x0 + expand_as_rows(self.sigma(t), x0) * noise
-
-
-def parameter(
-    default: Any,
-    help: str,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-) -> Any:
-    """A field of a process, with what a command line needs to know of it, as the field's `metadata`.
-
-    Args:
-        default: default value.
-        help: what it is, in a few words.
-        above, at_least, at_most: the range that makes sense in training, by these names.
-    """
-    return field(default=default, metadata={"help": help, "above": above, "at_least": at_least, "at_most": at_most})
 
 
 def _require(condition: bool, message: str) -> None:
@@ -189,6 +68,9 @@ class EDM(NoiseProcess):
         if distribution is not None:
             return self.times_from(distribution, batch_size, generator, device)
         return (self.p_mean + self.p_std * _rand(batch_size, generator, device, normal=True)).exp()
+
+    def level_distribution(self) -> NoiseDistribution:
+        return LogNormal(self.p_mean, self.p_std)
 
     def time_of(self, ratio: Tensor) -> Tensor:
         return ratio
@@ -240,6 +122,9 @@ class VE(NoiseProcess):
             return self.times_from(distribution, batch_size, generator, device)
         span = math.log(self.sigma_max / self.sigma_min)
         return self.sigma_min * (span * _rand(batch_size, generator, device)).exp()
+
+    def level_distribution(self) -> NoiseDistribution:
+        return Piecewise.log_uniform(self.sigma_min, self.sigma_max)
 
     def time_of(self, ratio: Tensor) -> Tensor:
         return ratio
@@ -304,6 +189,9 @@ class VP(NoiseProcess):
         if distribution is not None:
             return self.times_from(distribution, batch_size, generator, device)
         return self.epsilon_t + (1 - self.epsilon_t) * _rand(batch_size, generator, device)
+
+    def level_distribution(self) -> NoiseDistribution:
+        return UniformTime(self, self.epsilon_t, self.last_time)
 
     def time_of(self, ratio: Tensor) -> Tensor:
         # The root of beta_d t^2 / 2 + beta_min t = log(1 + ratio^2), in the form that does not cancel at small t.
@@ -375,6 +263,11 @@ class FlowMatching(NoiseProcess):
             return _rand(batch_size, generator, device).clamp_(min=2**-25)
         normal = _rand(batch_size, generator, device, normal=True)
         return (self.logit_mean + self.logit_std * normal).sigmoid().clamp_(min=2**-25)
+
+    def level_distribution(self) -> NoiseDistribution:
+        if self.time_distribution == "uniform":
+            return UniformTime(self, 2.0**-25, 1 - 2.0**-24)
+        return LogNormal(self.logit_mean, self.logit_std)
 
     def time_of(self, ratio: Tensor) -> Tensor:
         return ratio / (1 + ratio)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .noise import NoiseProcess, expand_as_rows
+from .forward_process import NoiseProcess, expand_as_rows
 from .noise_distribution import NoiseDistribution
 from .posterior import PosteriorMean, full_precision
 from .prediction import prediction_coefficients
@@ -201,17 +201,30 @@ class STFTrainingObjective:
         references = self._sources.references(x0, reference, labels, reference_labels, source_index, num_unconditional)
         return self._noised_batch(x0, noise, timesteps, references, labels, source_index).target
 
-    def loss(self, output: Tensor, batch: PerturbedBatch) -> Tensor:
+    def loss(self, output: Tensor, batch: PerturbedBatch, weights: Tensor | None = None) -> Tensor:
         """Mean squared error between the network's output (B, ...) and `batch.target`, a float32 scalar.
 
         For the preconditioned rows this unweighted error is the weighted loss of Karras et al. 2022 (Table 1).
+
+        Args:
+            output: output of the network.
+            batch: what `perturb` returned.
+            weights: (B,) of the rows, for instance of `AdaptiveNoise.importance_weights`. Their sum is not divided by.
 
         Raises:
             ValueError: the shapes differ (mean squared error would broadcast them).
         """
         check_output(output, batch.target.shape)
         with full_precision(output.device.type):
-            return F.mse_loss(output.to(batch.target.dtype), batch.target)
+            output = output.to(batch.target.dtype)
+            if weights is None:
+                return F.mse_loss(output, batch.target)
+            if weights.shape != batch.sigma.shape:
+                raise ValueError(
+                    f"weights must have shape {tuple(batch.sigma.shape)}, one for each row; got {tuple(weights.shape)}."
+                )
+            errors = (output - batch.target).flatten(1).square().mean(1)
+            return (weights.to(errors.dtype) * errors).mean()
 
     def _noised_batch(
         self,

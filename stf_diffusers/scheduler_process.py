@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .noise import NoiseProcess
-from .noise_distribution import NoiseDistribution
+from .forward_process import NoiseProcess
+from .noise_distribution import NoiseDistribution, Piecewise
 from .prediction import edm_preconditioning, prediction_coefficients, raw_output_coefficients, vp_preconditioning
 
 
@@ -225,6 +225,24 @@ class SchedulerProcess(NoiseProcess):
         timesteps, _, _, log_ratios = self._on(levels.device)
         between = (log_ratios[:-1] + log_ratios[1:]) / 2
         return timesteps[torch.searchsorted(between, levels.to(torch.float64).log())]
+
+    def level_cells(self) -> Tensor:
+        levels = self._log_ratios[self._log_ratios.isfinite()]  # a zero terminal SNR is left out
+        halves = levels.diff() / 2 if len(levels) > 1 else torch.ones_like(levels)
+        return torch.cat([levels[:1] - halves[:1], levels[:-1] + levels.diff() / 2, levels[-1:] + halves[-1:]]).exp()
+
+    def level_distribution(self) -> NoiseDistribution:
+        cells = self.level_cells()
+        if len(cells) <= len(self._timesteps):
+            raise TypeError(
+                f"the last timestep of {self.scheduler_name} is pure noise, of no finite level. Use a scheduler without "
+                "rescale_betas_zero_snr."
+            )
+        return Piecewise(tuple(cells.tolist()), (1.0,) * (len(cells) - 1))
+
+    def training_range(self) -> tuple[float, float]:
+        cells = self.level_cells()
+        return float(cells[0]), float(cells[-1])
 
     def integer_times(self) -> Tensor:
         if self.family != "alphas_cumprod":

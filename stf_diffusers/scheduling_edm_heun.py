@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .noise import expand_as_rows
+from .forward_process import expand_as_rows
 from .prediction import edm_preconditioning
 from .solvers import Churn, check_generators, check_noise_levels, karras_sigmas
 

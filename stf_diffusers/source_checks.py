@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise import NoiseProcess
+from .forward_process import NoiseProcess
 from .posterior import check_tensor, pixels_to_float
 from .reference_bank import ReferenceBank
 from .reference_batch import refuse_dispatched_references

@@ -10,7 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
-from .noise import EDM, NOISE_PROCESSES, FlowMatching, NoiseProcess
+from .forward_process import NoiseProcess
+from .noise import EDM, NOISE_PROCESSES, FlowMatching
 from .scheduler_process import SchedulerProcess
 
 # The name of a `SchedulerProcess`, and the schedulers that a network trained on one is saved with: `DDPMPipeline` calls them

@@ -19,8 +19,8 @@ MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for p
 CORE = [
     {"prediction", "noise_distribution", "integer_products", "metrics", "files"},
     {"chunk_states"},
-    {"posterior"},
-    {"noise", "stored_rows"},
+    {"posterior", "forward_process"},
+    {"noise", "stored_rows", "adaptive_noise"},
     {"scheduler_process", "reference_batch", "reference_set", "denoising", "solvers"},
     {"dataset_images", "consistency_sampling"},
     {"bank_file"},

@@ -15,7 +15,8 @@ from scipy import stats
 from exact_networks import ExactUNet, small_unet
 from stf_diffusers import VP, NoiseProcess, STFPipeline, STFTrainingObjective
 from stf_diffusers.export import diffusers_pipeline, process_from_config, process_to_config, save_pipeline
-from stf_diffusers.noise import NOISE_PROCESSES, parameter
+from stf_diffusers.forward_process import parameter
+from stf_diffusers.noise import NOISE_PROCESSES
 from stf_diffusers.prediction import prediction_coefficients
 
 

@@ -11,7 +11,7 @@ from scipy import stats
 from oracles import TABLE, images, normal, rows, worst
 from processes import SCHEDULERS
 from stf_diffusers import EDM, VE, VP, FlowMatching, NoiseProcess, SchedulerProcess
-from stf_diffusers.noise import expand_as_rows
+from stf_diffusers.forward_process import expand_as_rows
 from stf_diffusers.prediction import recover_x0_and_noise
 
 diffusers = pytest.importorskip("diffusers")

@@ -9,7 +9,7 @@ from scipy import stats
 from oracles import images, normal, worst
 from processes import SCHEDULERS
 from stf_diffusers import EDM, NoiseProcess, SchedulerProcess
-from stf_diffusers.noise import expand_as_rows
+from stf_diffusers.forward_process import expand_as_rows
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Diffusers' own, of NumPy

@@ -17,7 +17,8 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DDPMScheduler
 
 from ..diagnostics import target_variance
-from ..noise import EDM, NOISE_PROCESSES, NoiseProcess
+from ..forward_process import NoiseProcess
+from ..noise import EDM, NOISE_PROCESSES
 from ..noise_distribution import (
     LogitNormal,
     LogNormal,
