@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from scipy import stats
 
-from stf_diffusers import EDM, VE, VP, FlowMatching, STFTrainingObjective, SchedulerProcess, target_variance
+from stf_diffusers import EDM, VE, VP, FlowMatching, SchedulerProcess, STFTrainingObjective, target_variance
 from stf_diffusers.adaptive_noise import AdaptiveNoise
 from stf_diffusers.forward_process import UniformTime
 from stf_diffusers.noise_distribution import LogitNormal, LogNormal, Piecewise
