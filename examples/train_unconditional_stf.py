@@ -74,11 +74,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         method.add_argument(f"--{flag}", **how)
     method.add_argument("--noise_distribution",
         help="Noise levels sigma / alpha that are drawn: log_normal, logit_normal, log_uniform, profile (half of them where "
-             "the data's entropy rate is, which is measured), or a JSON file of a distribution. Default: the process's own.")
+             "the data's entropy rate is, which is measured), adaptive (more of them where the network's error is), or a "
+             "JSON file of a distribution. Default: the process's own.")
     method.add_argument("--noise_mean", type=flags.number(float, -20, high=20),
-        help="Mean of ln(sigma / alpha) for log_normal (default: -1.2), of the logit for logit_normal (default: 0).")
+        help="Mean of ln(sigma / alpha) for log_normal (default: -1.2), of the logit for logit_normal (default: 0). For "
+             "adaptive: start from log_normal instead of the process's own.")
     method.add_argument("--noise_std", type=flags.number(float, 0, above=True, high=10),
         help="Standard deviation of the same. Default: 1.2 and 1.")
+    method.add_argument("--adaptive_power", type=flags.number(float, 0, high=2),
+        help="ADAPTIVE: power of the error that levels are drawn in proportion to. Default: 0.5.")
+    method.add_argument("--adaptive_floor", type=flags.number(float, 0, above=True, high=1),
+        help="ADAPTIVE: share of the levels that is drawn without regard to the error. Default: 0.25.")
+    method.add_argument("--importance_weights", action="store_true",
+        help="ADAPTIVE: weight the loss so that the objective stays that of the levels it starts from.")
     method.add_argument("--reorient", type=flags.number(float, 0, high=1), default=0.0,
         help="Share of images that are rotated or flipped and labelled as such; samples are upright.")
 
@@ -129,7 +137,16 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.noise_distribution == "profile" and (args.streaming or args.vae),
          "--noise_distribution profile measures the images before the training: leave --streaming and --vae out, or pass "
          "a file of variance_report.py."),
-        (args.noise_distribution and twice,
+        (args.noise_distribution == "adaptive" and args.streaming,
+         "--noise_distribution adaptive subtracts the known variance of the targets, which a stream does not know. Leave one "
+         "out."),
+        (args.noise_distribution == "adaptive" and args.vae and not (args.latents == "mean" and args.reference == "bank"),
+         "--noise_distribution adaptive subtracts the known variance of the targets: with --vae pass --latents mean and "
+         "--reference bank, whose targets have none."),
+        (args.noise_distribution != "adaptive"
+         and (args.importance_weights or (args.adaptive_power, args.adaptive_floor) != (None, None)),
+         "--adaptive_power, --adaptive_floor and --importance_weights need --noise_distribution adaptive."),
+        (args.noise_distribution not in (None, "adaptive") and twice,
          f"--{twice} and --noise_distribution both say what noise levels are drawn. Leave one out."),
     ]
     latents = [
@@ -159,9 +176,10 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from stf_diffusers import STFTrainingObjective
+from stf_diffusers.adaptive_noise import AdaptiveNoise
 from stf_diffusers.export import Network, diffusers_pipeline, process_to_config
-from stf_diffusers.noise_distribution import distribution_to_config
 from stf_diffusers.training import run_folder
+from stf_diffusers.training.adaptive_levels import AdaptiveLevels, subtract_known_variance
 from stf_diffusers.training.autoencoder import check_fit, check_same_autoencoder, load_autoencoder
 from stf_diffusers.training.averages import ExponentialAverage, PostHocAverages
 from stf_diffusers.training.checkpoints import (
@@ -180,7 +198,13 @@ from stf_diffusers.training.image_data import flip_at_random, open_images
 from stf_diffusers.training.latents import load_latents
 from stf_diffusers.training.launch import make_accelerator, start_logging
 from stf_diffusers.training.network import choose_network, pretrained_metadata
-from stf_diffusers.training.noise_process import DISCRETE_PARAMETERS, choose_distribution, choose_process, profile_of
+from stf_diffusers.training.noise_process import (
+    DISCRETE_PARAMETERS,
+    choose_distribution,
+    choose_process,
+    distribution_settings,
+    profile_of,
+)
 from stf_diffusers.training.pipeline_saver import PipelineSaver
 from stf_diffusers.training.references import choose_references
 from stf_diffusers.training.run_lock import RunLock
@@ -270,6 +294,7 @@ def main(argv: list[str] | None = None) -> None:
             args.noise_distribution, process, noise_mean=args.noise_mean, noise_std=args.noise_std,
             profile=lambda: profile_of(pixels, process, seed=args.seed, device=device),
             begun_with=begun.get("noise_distribution"),
+            adaptive_power=args.adaptive_power, adaptive_floor=args.adaptive_floor, device=device,
         )  # fmt: skip
         objective = STFTrainingObjective(process, distribution=distribution)
         vae, shape = load_autoencoder(args.vae, args.cache_dir).to(device) if args.vae else None, images.shape
@@ -326,6 +351,13 @@ def main(argv: list[str] | None = None) -> None:
                 reference_device=args.reference_device, share_reference=args.share_reference, bank_file=bank_file,
                 augmentation="horizontal_flip" if flips else "none", device=device, seed=args.seed, quiet=quiet, **places,
             )  # fmt: skip
+        adaptive = None
+        if isinstance(distribution, AdaptiveNoise):
+            adaptive = AdaptiveLevels(accelerator, distribution, importance_weights=args.importance_weights)
+            if resume is None:
+                subtract_known_variance(
+                    distribution, process, pixels, references, mirrored=flips, seed=args.seed, device=device
+                )
         batches_per_epoch = 0 if references.sampler is None else len(references.sampler)
         images_per_step = args.gradient_accumulation_steps * args.train_batch_size * num_processes
         max_steps = args.max_train_steps or math.ceil(
@@ -361,6 +393,7 @@ def main(argv: list[str] | None = None) -> None:
                 network, inv_gamma=args.ema_inv_gamma, power=args.ema_power, max_decay=args.ema_max_decay
             )
         averages = [average for average in (ema, PostHocAverages(network) if args.post_hoc_ema else None) if average]
+        parts = [*averages, *([adaptive] if adaptive else [])]
 
         # ---- resume
         manifest = make_manifest(
@@ -370,13 +403,13 @@ def main(argv: list[str] | None = None) -> None:
                 "num_classes": images.num_classes, "reference": references.kind, "reference_batch_size": references.n,
                 "num_processes": num_processes, "share_reference": references.shared,
                 "process": process_to_config(process), "sampling_range": sampling_range,
-                "noise_distribution": distribution_to_config(distribution) if distribution else None,
+                "noise_distribution": distribution_settings(distribution, importance_weights=args.importance_weights),
                 "null_label": conditioning.null_label if args.class_dropout else None,
             },
         )  # fmt: skip
         if resume is not None:
             first_step = read_step(resume, manifest)
-            load_checkpoint(accelerator, resume, averages)
+            load_checkpoint(accelerator, resume, parts)
             logger.info("Resumed after step %d from %s.", first_step, resume)
             if first_step >= max_steps:
                 logger.warning("All %d steps are done: only the pipeline is saved. See --max_train_steps.", max_steps)
@@ -445,18 +478,22 @@ def main(argv: list[str] | None = None) -> None:
                     perturbed = reoriented(perturbed, orientation)
                 with accelerator.accumulate(model):
                     output = model(perturbed.model_input, perturbed.timestep, class_labels=labels).sample
-                    loss = objective.loss(output, perturbed)
+                    loss = objective.loss(output, perturbed, adaptive.weights(perturbed) if adaptive else None)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         gradient_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                 log.add(loss, output, perturbed, sources, step, batch["index"])
+                if adaptive:
+                    adaptive.add(output, perturbed)
             learning_rate = lr_scheduler.get_last_lr()[0]
             if not accelerator.optimizer_step_was_skipped:
                 lr_scheduler.step()
                 for average in averages:
                     average.step()
+            if adaptive:
+                adaptive.step()
             progress.update()
             target_share.step_done()
 
@@ -467,6 +504,7 @@ def main(argv: list[str] | None = None) -> None:
             stopping = stop.agreed() and step < max_steps
             if step in (first_step + 1, max_steps) or due(step, args.logging_steps) or checkpoint_due or stopping:
                 report = log.flush() | {"learning_rate": learning_rate, "gradient_norm": float(gradient_norm)}
+                report |= adaptive.report() if adaptive else {}
                 progress.set_postfix(loss=f"{report['loss']:.4f}", lr=f"{learning_rate:.2e}")
                 if metrics_file is not None:
                     metrics_file.append(step, report)
@@ -474,7 +512,9 @@ def main(argv: list[str] | None = None) -> None:
                     accelerator.log(report, step=step)
             if checkpoint_due or stopping:
                 check_finite(network, step)
-                save_checkpoint(accelerator, output_dir, step, averages, manifest, args.checkpoints_total_limit)
+                save_checkpoint(accelerator, output_dir, step, parts, manifest, args.checkpoints_total_limit)
+                if adaptive:
+                    adaptive.show(output_dir / run_folder.SAMPLES / "noise_distribution.png", step)
             if stopping:
                 saver.save_weights(saver.averaged(step))
                 logger.info(

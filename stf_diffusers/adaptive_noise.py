@@ -36,7 +36,7 @@ class AdaptiveNoise(NoiseDistribution):
     prior; without them the objective moves to where the error is. The variance of a weighted sum is smallest for a power of
     0.5, where the squared gradient of a row is in proportion to its error.
 
-    Tables are kept on `device`; no method waits for it.
+    Tables are kept on `device`. `sample`, `importance_weights` and `update` do not wait for it.
 
     Args:
         process: the process that is trained.
@@ -71,7 +71,7 @@ class AdaptiveNoise(NoiseDistribution):
         ):
             if not fits:
                 raise ValueError(f"{name} must {needed}; got {value}.")
-        self.prior = process.level_distribution() if prior is None else prior
+        self.prior, self.prior_is_own = (process.level_distribution(), True) if prior is None else (prior, False)
         self.power, self.floor, self.memory = power, floor, memory
         cells = process.level_cells()
         low, high = process.training_range()
@@ -99,7 +99,8 @@ class AdaptiveNoise(NoiseDistribution):
         self._set_weights()
 
     def __repr__(self) -> str:
-        return f"AdaptiveNoise({self.prior}, power={self.power}, floor={self.floor})"
+        prior = "its own" if self.prior_is_own else self.prior
+        return f"AdaptiveNoise(prior={prior}, power={self.power}, floor={self.floor})"
 
     @property
     def edges(self) -> Tensor:

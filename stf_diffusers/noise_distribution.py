@@ -167,6 +167,11 @@ class Piecewise(NoiseDistribution):
         object.__setattr__(self, "levels", levels)
         object.__setattr__(self, "weights", tuple(weight / total for weight in weights))
 
+    def __repr__(self) -> str:
+        if len(self.weights) > 8:
+            return f"Piecewise({len(self.weights)} pieces from {self.levels[0]:.3g} to {self.levels[-1]:.3g})"
+        return f"Piecewise(levels={self.levels}, weights={self.weights})"
+
     @classmethod
     def log_uniform(cls, low: float, high: float) -> Piecewise:
         """Uniform in ln(sigma / alpha) between two noise levels: the training distribution of Song et al. 2021's VE."""

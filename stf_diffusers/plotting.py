@@ -223,6 +223,33 @@ def plot_training_levels(
     return figure
 
 
+def plot_adaptive_levels(edges: Tensor, prior_weights: Tensor, weights: Tensor, errors: Tensor) -> Figure:
+    """The noise levels that `AdaptiveNoise` draws, as densities in ln(level), and the error that it has found.
+
+    Args:
+        edges: (K + 1,) levels between its pieces; the outermost may be 0 and infinite.
+        prior_weights, weights: (K,) probabilities of the pieces, under the prior and now.
+        errors: (K,) mean errors; NaN where none are known.
+
+    Returns:
+        A figure that belongs to no window.
+    """
+    log_edges = edges.double().log()
+    # The outermost pieces are drawn as wide as their neighbours.
+    log_edges[0] = torch.maximum(log_edges[0], 2 * log_edges[1] - log_edges[2])
+    log_edges[-1] = torch.minimum(log_edges[-1], 2 * log_edges[-2] - log_edges[-3])
+    widths, ends = log_edges.diff(), log_edges.exp().tolist()
+    figure, (top, bottom) = _figure(2)
+    top.stairs((prior_weights / widths).tolist(), ends, color="0.8", fill=True, label="prior")
+    top.stairs((weights / widths).tolist(), ends, color="tab:blue", label="drawn now")
+    top.set_ylabel("density in ln(level)")
+    top.legend(frameon=False)
+    middle = ((log_edges[1:] + log_edges[:-1]) / 2).exp().tolist()
+    bottom.plot(middle, errors.tolist(), color="black", marker=".")
+    bottom.set_ylabel("error, per dimension of the output")
+    return figure
+
+
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 

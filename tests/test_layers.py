@@ -48,7 +48,7 @@ TRAINING: list[set[str]] = [
     {"training.flags"},
     {f"training.{name}" for name in ("sources", "image_column", "data_files", "autoencoder", "conditioning")},
     {f"training.{name}" for name in ("noise_process", "sampling", "training_log", "references", "averages", "network")},
-    {f"training.{name}" for name in ("image_reader", "data_set", "checkpoints")},
+    {f"training.{name}" for name in ("image_reader", "data_set", "checkpoints", "adaptive_levels")},
     {"training.image_cache"},
     {"training.image_data"},
     {f"training.{name}" for name in ("streaming", "latents", "evaluation")},

@@ -95,6 +95,15 @@ COMBINATIONS = {
     "no such distribution": Row("--noise_distribution normal", ("--noise_distribution normal is none of", "log_normal")),
     "a profile of a stream": Row("--noise_distribution profile --streaming", "leave --streaming and --vae out"),
     "a mean without a distribution": Row("--noise_mean 0", "--noise_mean needs --noise_distribution log_normal"),
+    "adaptive on a stream": Row(
+        "--noise_distribution adaptive --streaming --max_train_steps 9", "which a stream does not know"
+    ),
+    "adaptive on drawn latents": Row("--noise_distribution adaptive --vae here", "pass --latents mean and --reference bank"),
+    "a floor that is not adaptive": Row("--adaptive_floor 0.5", "need --noise_distribution adaptive"),
+    "weights that are not adaptive": Row("--importance_weights", "need --noise_distribution adaptive"),
+    "adaptive classes without a bank": Row(
+        "--noise_distribution adaptive --class_conditional --reference batch", "Pass --reference bank"
+    ),
     "levels that the process does not have": Row(
         "--noise_process ve --noise_distribution log_normal --noise_mean 15", "at which the process is trained"
     ),

@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -15,10 +15,19 @@ from torch import nn
 
 from ..export import Network
 from ..files import discard, settle
-from .averages import WeightAverage
 from .run_folder import CHECKPOINT_PREFIX, MANIFEST, complete_checkpoints, explained_write_errors
 
 logger = logging.getLogger(__name__)
+
+
+class CheckpointPart(Protocol):
+    """A file or more in a checkpoint, of what all processes have alike: a `WeightAverage`, for instance."""
+
+    def save(self, checkpoint: Path, output_dir: Path, step: int) -> None:
+        """Write it into the checkpoint of `step`, which is being written, in the run's folder `output_dir`."""
+
+    def load(self, checkpoint: Path) -> None:
+        """Read what `save` wrote. Raises whatever the reader raises."""
 
 
 def due(step: int, every: int | None) -> bool:
@@ -46,7 +55,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
     step: int,
-    averages: Iterable[WeightAverage],
+    parts: Iterable[CheckpointPart],
     manifest: dict[str, dict[str, Any]],
     limit: int | None = None,
 ) -> None:
@@ -56,7 +65,7 @@ def save_checkpoint(
         accelerator: has the model, optimizer and schedule prepared. Every process calls this.
         output_dir: the run's folder.
         step: number of optimizer steps done.
-        averages: averages of the weights.
+        parts: the averages of the weights, and whatever else a run needs to go on.
         manifest: as from `make_manifest`.
         limit: number of checkpoints to keep. None: all.
 
@@ -73,8 +82,8 @@ def save_checkpoint(
         accelerator.save_state(str(staging))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            for average in averages:
-                average.save(staging, output_dir, step)
+            for part in parts:
+                part.save(staging, output_dir, step)
             (staging / MANIFEST).write_text(json.dumps({"step": step, **manifest}, indent=2))
             settle(staging, final)
             if limit is not None:
@@ -125,16 +134,16 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, averages: Iterable[WeightAverage]) -> None:
-    """Load what `save_checkpoint` saved into the prepared objects and the averages. Torch files are read with weights_only.
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, parts: Iterable[CheckpointPart]) -> None:
+    """Load what `save_checkpoint` saved into the prepared objects and the parts. Torch files are read with weights_only.
 
     Raises:
         ValueError: something is missing, damaged, or does not fit.
     """
     try:
         accelerator.load_state(str(checkpoint), load_kwargs={"weights_only": True})
-        for average in averages:
-            average.load(checkpoint)
+        for part in parts:
+            part.load(checkpoint)
     except Exception as error:
         raise ValueError(
             f"{checkpoint} cannot be loaded: it is damaged, or of another network ({error}). Pass the run's own "

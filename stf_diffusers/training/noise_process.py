@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import DDPMScheduler
 
+from ..adaptive_noise import AdaptiveNoise
 from ..diagnostics import target_variance
 from ..forward_process import NoiseProcess
 from ..noise import EDM, NOISE_PROCESSES
@@ -135,17 +136,24 @@ def choose_distribution(
     noise_std: float | None = None,
     profile: Callable[[], NoiseDistribution] | None = None,
     begun_with: Mapping[str, Any] | None = None,
+    adaptive_power: float | None = None,
+    adaptive_floor: float | None = None,
+    device: torch.device | str = "cpu",
 ) -> NoiseDistribution | None:
     """The distribution of the noise levels sigma / alpha that a training draws, cut off at the process's own range.
 
     Args:
         noise_distribution: "log_normal"; "logit_normal" or "log_uniform" between the levels at which the process is sampled;
-            "profile": what `profile` finds; or a JSON file of `distribution_to_config`. None: the process's own distribution.
+            "profile": what `profile` finds; "adaptive": an `AdaptiveNoise`; or a JSON file of `distribution_to_config`. None: the
+            process's own distribution.
         process: the noise process.
         noise_mean, noise_std: of ln(sigma / alpha) for "log_normal", by default Karras et al.'s -1.2 and 1.2; of the logit
-            for "logit_normal", by default 0 and 1.
+            for "logit_normal", by default 0 and 1. For "adaptive" they make "log_normal" its prior, which by default is the
+            process's own distribution.
         profile: measures the data, for instance by `profile_of`.
         begun_with: config of the distribution of the run that is resumed, which is not measured again.
+        adaptive_power, adaptive_floor: of "adaptive". None: those of `AdaptiveNoise`.
+        device: where an adaptive distribution keeps its tables.
 
     Returns:
         The distribution; None for the process's own.
@@ -155,8 +163,10 @@ def choose_distribution(
             nothing where the process is trained.
     """
     given = {key: value for key, value in (("mean", noise_mean), ("std", noise_std)) if value is not None}
-    if given and noise_distribution not in ("log_normal", "logit_normal"):
-        raise ValueError(f"noise_{next(iter(given))}= needs noise_distribution='log_normal' or 'logit_normal'.")
+    if given and noise_distribution not in ("log_normal", "logit_normal", "adaptive"):
+        raise ValueError(
+            f"noise_{next(iter(given))}= needs noise_distribution='log_normal', 'logit_normal' or 'adaptive'."
+        )
     distribution: NoiseDistribution
     if noise_distribution is None:
         return None
@@ -168,10 +178,31 @@ def choose_distribution(
         distribution = Piecewise.log_uniform(*process.sampling_range())
     elif noise_distribution == "profile" and profile is not None:
         distribution = distribution_from_config(dict(begun_with)) if begun_with else profile()
+    elif noise_distribution == "adaptive":
+        settings: dict[str, Any] = {"power": adaptive_power, "floor": adaptive_floor, "device": device}
+        chosen = {name: value for name, value in settings.items() if value is not None}
+        return AdaptiveNoise(process, LogNormal(**given) if given else None, **chosen)
     else:
         distribution = _saved_distribution(Path(noise_distribution))
     process.times_from(distribution, 1, device="cpu")  # one that does not fit fails here
     return distribution
+
+
+def distribution_settings(
+    distribution: NoiseDistribution | None, *, importance_weights: bool = False
+) -> dict[str, Any] | None:
+    """What a resumed run must share: the config of a distribution; of an adaptive one how it adapts, and its prior's config,
+    None for the process's own.
+    """
+    if not isinstance(distribution, AdaptiveNoise):
+        return None if distribution is None else distribution_to_config(distribution)
+    return {
+        "name": "adaptive",
+        "power": distribution.power,
+        "floor": distribution.floor,
+        "prior": None if distribution.prior_is_own else distribution_to_config(distribution.prior),
+        "importance_weights": importance_weights,
+    }
 
 
 def _saved_distribution(path: Path) -> NoiseDistribution:
@@ -179,8 +210,8 @@ def _saved_distribution(path: Path) -> NoiseDistribution:
         return distribution_from_config(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"noise_distribution={str(path)!r} is none of log_normal, logit_normal, log_uniform and profile, and no JSON "
-            f'file of a distribution such as {{"name": "piecewise", "levels": [0.1, 1, 10], "weights": [1, 2]}}: {error}.'
+            f"noise_distribution={str(path)!r} is none of log_normal, logit_normal, log_uniform, profile and adaptive, and no "
+            f'JSON file of a distribution such as {{"name": "piecewise", "levels": [0.1, 1, 10], "weights": [1, 2]}}: {error}.'
         ) from error
 
 

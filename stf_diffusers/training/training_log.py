@@ -63,13 +63,13 @@ def start_trackers(accelerator: Accelerator, settings: Mapping[str, Any]) -> Non
         ) from error
 
 
-def log_picture(accelerator: Accelerator, picture: Image.Image, step: int) -> None:
-    """Send a grid of samples to the trackers that take pictures."""
+def log_picture(accelerator: Accelerator, picture: Image.Image, step: int, name: str = "samples") -> None:
+    """Send a picture, such as a grid of samples, to the trackers that take pictures."""
     for tracker in accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             with tracker_may_fail():
-                tracker.log_images({"samples": np.asarray(picture)[None]}, step=step, **layout)
+                tracker.log_images({name: np.asarray(picture)[None]}, step=step, **layout)
 
 
 class TrainingLog:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tiny import TINY, Trap, accelerate_launch, metadata, same, tiny_autoencoder, train, weights
 
@@ -49,6 +50,41 @@ def test_noise_levels_of_the_data_are_the_same_on_all_processes_and_resumed(flag
     assert same(weights(run, "unet_raw"), weights(tmp_path / "half", "unet_raw"))
     accelerate_launch(flags(*profile, "--output_dir", tmp_path / "two"), processes=2)
     assert metadata(tmp_path / "two")["noise_distribution"] == levels
+
+
+ADAPTIVE = ["--noise_distribution", "adaptive", "--adaptive_power", 2, "--lr_scheduler", "constant"]
+
+
+@pytest.mark.parametrize("more", [[], ["--importance_weights"], ["--objective", "dsm"], ["--reference_batch_size", 8]])
+def test_adapted_noise_levels_resume_bit_for_bit(more, flags, tmp_path):
+    """The errors that were seen, and the measured variance of the targets, go on where they were."""
+    run, half = tmp_path / "run", tmp_path / "half"
+    adaptive = [*ADAPTIVE, *more, "--checkpointing_steps", 2, "--max_train_steps", 5]
+    train(flags(*adaptive))
+    half.mkdir()
+    shutil.copytree(run / "checkpoint-2", half / "checkpoint-2")
+    train(flags(*adaptive, "--resume_from_checkpoint", "latest", "--output_dir", half))
+    assert same(weights(run, "unet_raw"), weights(half, "unet_raw"))
+    states = [load_file(folder / "checkpoint-5" / "noise_levels.safetensors") for folder in (run, half)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in ("sums", "floor_levels", "floor_values"))
+    assert len(states[0]["floor_levels"]) == (0 if more in ([], ["--importance_weights"]) else 31)
+    with pytest.raises(ValueError, match="belongs to another run: noise_distribution"):
+        train(flags(*adaptive, "--adaptive_floor", 0.5, "--resume_from_checkpoint", "latest"))
+
+
+def test_adapted_noise_levels_are_the_same_on_all_processes(flags, tmp_path):
+    """Two processes of half the batch see as many rows as one, and go on from one table."""
+    adaptive = [*ADAPTIVE, "--max_train_steps", 4, "--train_batch_size", 4]
+    accelerate_launch(flags(*adaptive), processes=2)
+    state = load_file(tmp_path / "run" / "checkpoint-4" / "noise_levels.safetensors")
+    rows = state["sums"][1].sum().item()
+    assert 30 < rows <= 32, "four steps of two processes of four images, a little less by the exponential average"
+    # A process with a table of its own would draw other levels, and after resuming from the one that is saved end elsewhere.
+    half = tmp_path / "half"
+    accelerate_launch(flags(*adaptive, "--checkpointing_steps", 2, "--output_dir", half), processes=2)
+    shutil.rmtree(half / "checkpoint-4")
+    accelerate_launch(flags(*adaptive, "--resume_from_checkpoint", "latest", "--output_dir", half), processes=2)
+    assert same(weights(tmp_path / "run", "unet_raw"), weights(half, "unet_raw"))
 
 
 def test_latent_runs_resume_bit_for_bit(flags, tmp_path):

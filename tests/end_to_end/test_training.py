@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from tiny import ROOT, accelerate_launch, launch, metadata, same, train, weights
 
@@ -182,6 +183,33 @@ def test_noise_levels_are_drawn_from_the_distribution_asked_for(process, flags, 
     seen = {name for report in reports for name in report if name.startswith("loss/")}
     assert seen == {"loss/sigma_above_10"}
     assert metadata(tmp_path / "run")["noise_distribution"] == levels
+
+
+@pytest.mark.parametrize("process", ["edm", "ve", "vp", "flow", "discrete"])
+def test_noise_levels_move_to_where_the_error_is(process, flags, tmp_path):
+    """On every process the pieces where the network does worse than on the average are drawn more often than at first."""
+    train(
+        flags(
+            "--noise_process",
+            process,
+            "--noise_distribution",
+            "adaptive",
+            "--adaptive_power",
+            1,
+            "--max_train_steps",
+            12,
+        )
+    )
+    run = tmp_path / "run"
+    _, rows = load_file(run / "checkpoint-12" / "noise_levels.safetensors")["sums"]
+    assert 46 < rows.sum() <= 48, "12 steps of 4 images"
+    settings = metadata(run)["noise_distribution"]
+    assert settings == {"name": "adaptive", "power": 1, "floor": 0.25, "prior": None, "importance_weights": False}
+    reports = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {name: [report[f"noise_level/percentile_{name}"] for report in reports] for name in (10, 50, 90)}
+    assert all(0 < low < middle < high for low, middle, high in zip(*found.values(), strict=True))
+    assert len(set(found[50])) > 1, "the levels have moved"
+    assert (run / "samples" / "noise_distribution.png").is_file()
 
 
 def test_sigma_data_is_measured(flags, tmp_path, caplog):
