@@ -14,8 +14,8 @@
         --steps 100000 --learning_rate 2e-4 --minutes 60
 
 Each call goes on where the last one stopped, killed or not. A run is PROCESS-TARGET[@LEVELS]: the target is dsm, or stf with
-all images; the levels are the process's own, `profile`, or the mean and the deviation of ln(sigma / alpha). Runs of a seed share
-weights, data order and the generators of noise. The last call writes results.md, a figure of the distances, and samples of the
+all images; the levels are the process's own, `profile`, `adaptive`, `adaptive-weighted` (with importance weights), or the mean
+and the deviation of ln(sigma / alpha). Runs of a seed share weights, data order and the generators of noise. The last call writes results.md, a figure of the distances, and samples of the
 same seeds. Distances are as in study_cifar10.py, half-way and at the end.
 """
 
@@ -38,11 +38,13 @@ from study_consistency import network
 from study_results import spread
 from torch import Tensor
 
-from stf_diffusers import ReferenceBank, STFPipeline, STFTrainingObjective
+from stf_diffusers import NoiseProcess, ReferenceBank, STFPipeline, STFTrainingObjective
+from stf_diffusers.adaptive_noise import AdaptiveNoise
 from stf_diffusers.export import network_of, read_metadata
 from stf_diffusers.feature_extractors import FeatureExtractor, transformers_features
 from stf_diffusers.metrics import FeatureStatistics, frechet_distance
-from stf_diffusers.noise_distribution import distribution_from_config
+from stf_diffusers.noise_distribution import NoiseDistribution, distribution_from_config
+from stf_diffusers.training.adaptive_levels import ADAPTIVE_LEVELS
 from stf_diffusers.training.averages import AVERAGE
 from stf_diffusers.training.evaluation import data_features
 from stf_diffusers.training.image_data import ImageColumn
@@ -93,7 +95,10 @@ class Run:
         flags += ["--mixed_precision", "bf16"] if args.preset else []
         flags += ["--noise_process", process, *(["--sigma_data", "auto"] if process == "edm" else [])]
         flags += ["--objective", "dsm"] if target == "dsm" else ["--reference", "bank"]
-        if levels == "profile":
+        if levels.startswith("adaptive"):
+            flags += ["--noise_distribution", "adaptive"]
+            flags += ["--importance_weights"] if levels == "adaptive-weighted" else []
+        elif levels == "profile":
             flags += ["--noise_distribution", "profile"]
         elif levels:
             middle, deviation = levels.split(",")
@@ -134,6 +139,16 @@ def evaluate(
     return {"run": run.name, "seed": run.seed, "step": step, "distance": distance, "images_per_second": rates[len(rates) // 2]}  # fmt: skip
 
 
+def levels_drawn(run: Run, step: int, args: argparse.Namespace, process: NoiseProcess) -> NoiseDistribution | None:
+    """What a run drew its noise levels from at a checkpoint; None: the process's own."""
+    config = read_metadata(run.folder(args)).get("noise_distribution")
+    if not config or config["name"] != "adaptive":
+        return distribution_from_config(config) if config else None
+    distribution = AdaptiveNoise(process, power=config["power"], floor=config["floor"], device=DEVICE)
+    distribution.load_state_dict(load_file(run.folder(args) / f"checkpoint-{step}" / ADAPTIVE_LEVELS))
+    return distribution
+
+
 def gradient_noise(args: argparse.Namespace, images: ImageColumn) -> list[dict[str, Any]]:
     """Noise of the gradient as drawn, for the half-trained network of the first run's seed 0, by each EDM run's target and
     levels.
@@ -146,16 +161,18 @@ def gradient_noise(args: argparse.Namespace, images: ImageColumn) -> list[dict[s
     trained, pixels = network_of(pipeline), images.images.to(DEVICE)
     bank, found = ReferenceBank(pixels), []
     for name in [name for name in args.runs if name.startswith("edm-")]:
-        config = read_metadata(Run(name, 0).folder(args)).get("noise_distribution")
-        objective = STFTrainingObjective(
-            pipeline.process, distribution=distribution_from_config(config) if config else None
-        )
+        distribution = levels_drawn(Run(name, 0), args.steps // 2, args, pipeline.process)
+        objective = STFTrainingObjective(pipeline.process, distribution=distribution)
         draws, gradients = torch.Generator(DEVICE).manual_seed(0), []
         for _ in range(num_batches):
             rows = torch.randperm(len(pixels), generator=draws, device=DEVICE)[:batch_size]
             references: dict[str, Any] = {"reference": bank, "source_index": rows} if "-stf" in name else {}
             perturbed = objective.perturb(pixels[rows], generator=draws, **references)
-            loss = objective.loss(trained(perturbed.model_input, perturbed.timestep).sample, perturbed)
+            weights = None
+            if isinstance(distribution, AdaptiveNoise) and name.endswith("weighted"):
+                weights = distribution.importance_weights(perturbed.sigma / perturbed.alpha)
+            output = trained(perturbed.model_input, perturbed.timestep).sample
+            loss = objective.loss(output, perturbed, weights)
             parts = torch.autograd.grad(loss, list(trained.parameters()))
             gradients.append(torch.cat([part.flatten() for part in parts]).cpu())
         stacked = torch.stack(gradients).double()
