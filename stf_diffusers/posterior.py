@@ -196,6 +196,29 @@ def posterior_state(
     return state
 
 
+def state_with_mirrors(
+    noisy: Tensor,
+    reference: ReferenceRows,
+    alpha: Tensor,
+    sigma: Tensor,
+    mirrors: bool,
+    *,
+    mask: Tensor | None = None,
+    norms: Tensor | None = None,
+    rows: range | None = None,
+) -> PosteriorState:
+    """The `posterior_state` of references and, if they are asked for, their mirrors; noisy (B, ..., W)."""
+    if not mirrors:
+        return posterior_state(noisy.flatten(1), reference, alpha, sigma, norms=norms, rows=rows, mask=mask)
+    # A mirrored image against x_t is the image against the mirrored x_t: one pass over the images serves both.
+    both = torch.cat([noisy, noisy.flip(-1)]).flatten(1)
+    mask = None if mask is None else mask.repeat(2, 1)
+    state = posterior_state(both, reference, alpha.repeat(2), sigma.repeat(2), norms=norms, rows=rows, mask=mask)
+    plain, mirrored = state[: len(noisy)], state[len(noisy) :]
+    mirrored.weighted_sum = mirrored.weighted_sum.view(noisy.shape).flip(-1).flatten(1)
+    return plain.merge(mirrored)
+
+
 def check_noisy(noisy: Any) -> None:
     """Raise TypeError or ValueError unless `noisy` is a floating-point tensor (B, ...)."""
     check_batch("noisy", noisy, "(B, ...)")

@@ -19,8 +19,8 @@ from .posterior import (
     check_batch,
     coefficient_rows,
     pixels_to_float,
-    posterior_state,
     reference_norms,
+    state_with_mirrors,
     take_rows,
 )
 from .reference_set import (
@@ -130,9 +130,13 @@ class ReferenceBank(ReferenceSet):
         return self._num_images
 
     @property
+    def _mirrored(self) -> bool:
+        return self.augmentation == "horizontal_flip"
+
+    @property
     def num_references(self) -> int:
         """Number of references that a posterior mean without labels is over, mirrors counted."""
-        return self._num_images * (2 if self.augmentation == "horizontal_flip" else 1)
+        return self._num_images * (1 + self._mirrored)
 
     @property
     def device(self) -> torch.device:
@@ -155,6 +159,7 @@ class ReferenceBank(ReferenceSet):
         labels: Tensor | None = None,
         subset_size: int | None = None,
         generator: torch.Generator | None = None,
+        joined: Tensor | None = None,
     ) -> PosteriorMean:
         """Posterior mean of x0 given ``x_t = alpha x0 + sigma noise`` over the bank.
 
@@ -169,6 +174,7 @@ class ReferenceBank(ReferenceSet):
             labels: (B,) integer classes: row i uses images of its class; -1 uses all.
             subset_size: n, of a subset drawn afresh: the sources and n - B others. Not with a sharded bank.
             generator: for the subset, on the CPU.
+            joined: (B, ...) images, each a reference of its own row beside the bank: sources that are not in it. No subset.
 
         Returns:
             mean (B, ...) in float32, effective_sample_size (B,).
@@ -181,12 +187,16 @@ class ReferenceBank(ReferenceSet):
         alpha, sigma = coefficient_rows(alpha, sigma, noisy)
         labels = None if labels is None else self._known_labels(labels, noisy)
         source_index = None if source_index is None else self._known_sources(source_index, noisy)
+        if joined is not None and subset_size is not None:
+            raise ValueError("joined images are references beside the whole bank: leave subset_size out.")
         if subset_size is not None:
             return self._subset_posterior(noisy, alpha, sigma, source_index, labels, subset_size, generator)
         if self.process_shard is None:
             state = self._state(noisy, alpha, sigma, labels)
         else:
             state = merged_over_processes(self._state, noisy, alpha, sigma, labels)
+        if joined is not None:
+            state = state.merge(self._joined_state(noisy, alpha, sigma, joined))
         return state.result_like(noisy, self.images.dtype)
 
     def check_sources(self, clean: Tensor, source_index: Tensor | None, labels: Tensor | None) -> None:
@@ -199,7 +209,7 @@ class ReferenceBank(ReferenceSet):
             rows = self._rows_of(self._known_sources(source_index, clean))
             nearest = pixels_to_float(take_rows(self.images, rows).to(clean.device))
             difference = (nearest - clean).flatten(1).abs().amax(1)
-            if self.augmentation == "horizontal_flip":
+            if self._mirrored:
                 difference = torch.minimum(difference, (nearest.flip(-1) - clean).flatten(1).abs().amax(1))
             if labels is not None and self._labels is not None:
                 labels = self._known_labels(labels, clean)
@@ -242,35 +252,29 @@ class ReferenceBank(ReferenceSet):
     def _state(self, noisy: Tensor, alpha: Tensor, sigma: Tensor, labels: Tensor | None) -> PosteriorState:
         """The state of this process's images for (B, ...) noisy ones, class by class."""
         if labels is None:
-            return self._flip_closed_state(noisy, alpha, sigma, self.images, self._norms)
+            return state_with_mirrors(noisy, self.images, alpha, sigma, self._mirrored, norms=self._norms)
         where, states = [], []
         for label in sorted(set(labels.tolist())):
             of = (labels == label).nonzero().flatten().to(noisy.device)
             rows = None if label == -1 else self.class_rows[label]
             where.append(of)
-            states.append(self._flip_closed_state(noisy[of], alpha[of], sigma[of], self.images, self._norms, rows))
+            of_class = (noisy[of], self.images, alpha[of], sigma[of], self._mirrored)
+            states.append(state_with_mirrors(*of_class, norms=self._norms, rows=rows))
         return PosteriorState.cat(states)[torch.cat(where).argsort()]
 
-    def _flip_closed_state(
-        self,
-        noisy: Tensor,
-        alpha: Tensor,
-        sigma: Tensor,
-        images: ReferenceRows,
-        norms: Tensor,
-        rows: range | None = None,
-        mask: Tensor | None = None,
-    ) -> PosteriorState:
-        """The state of some images, and of their mirrors where the set is closed under flips."""
-        if self.augmentation == "none":
-            return posterior_state(noisy.flatten(1), images, alpha, sigma, norms=norms, rows=rows, mask=mask)
-        # A mirrored image against x_t is the image against the mirrored x_t: one pass over the images serves both.
-        both = torch.cat([noisy, noisy.flip(-1)]).flatten(1)
-        mask = None if mask is None else mask.repeat(2, 1)
-        state = posterior_state(both, images, alpha.repeat(2), sigma.repeat(2), norms=norms, rows=rows, mask=mask)
-        plain, mirrored = state[: len(noisy)], state[len(noisy) :]
-        mirrored.weighted_sum = mirrored.weighted_sum.view(noisy.shape).flip(-1).flatten(1)
-        return plain.merge(mirrored)
+    def _joined_state(self, noisy: Tensor, alpha: Tensor, sigma: Tensor, joined: Tensor) -> PosteriorState:
+        """The state of each row's own image alone."""
+        if joined.shape != noisy.shape:
+            raise ValueError(
+                f"joined must have shape {tuple(noisy.shape)}, an image for each; got {tuple(joined.shape)}."
+            )
+        if joined.dtype != (dtype := self.images.dtype):
+            if dtype == torch.uint8:
+                raise TypeError(f"the bank holds uint8 pixels; joined images are {joined.dtype}. Pass uint8 pixels.")
+            joined = pixels_to_float(joined).to(dtype)
+        own = torch.eye(len(noisy), dtype=torch.bool, device=noisy.device)
+        norms = reference_norms(joined)
+        return state_with_mirrors(noisy, joined, alpha, sigma, self._mirrored, norms=norms, mask=own)
 
     def _subset_posterior(
         self,
@@ -289,7 +293,7 @@ class ReferenceBank(ReferenceSet):
         rows = self._rows_of(draw_subset(sources, self._num_images, size, generator))
         images, norms = take_rows(self.images, rows), self._norms[rows.to(self.device)]
         mask = None if labels is None or self._labels is None else same_class(labels, self._labels[rows])
-        state = self._flip_closed_state(noisy, alpha, sigma, images, norms, mask=mask)
+        state = state_with_mirrors(noisy, images, alpha, sigma, self._mirrored, norms=norms, mask=mask)
         return state.result_like(noisy, images.dtype)
 
     # ---- files

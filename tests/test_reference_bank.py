@@ -62,20 +62,52 @@ def test_classes(sort, flips):
 
 
 def test_other_classes_are_not_touched(monkeypatch):
-    from stf_diffusers import reference_bank
+    from stf_diffusers import posterior
 
     seen = []
-    original = reference_bank.posterior_state
+    original = posterior.posterior_state
 
     def recording(noisy, reference, alpha, sigma, **keywords):
         seen.append(len(keywords["rows"]))
         return original(noisy, reference, alpha, sigma, **keywords)
 
-    monkeypatch.setattr(reference_bank, "posterior_state", recording)
+    monkeypatch.setattr(posterior, "posterior_state", recording)
     labels = torch.tensor([0] * 20 + [1] * 7 + [2] * 3)[torch.randperm(30, generator=torch.Generator().manual_seed(0))]
     bank = ReferenceBank(pixels(), labels)
     bank.posterior_mean(noised(pixels()), 1.0, SIGMA, labels=torch.tensor([1, 2, 1, 2, 1, 2, 1]))
     assert seen == [7, 3]
+
+
+# ---- joined images
+
+
+@pytest.mark.parametrize("flips", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_joined_images_are_references_of_their_rows(dtype, flips):
+    images, labels = pixels(), torch.arange(30) % 4
+    held_out = pixels(7, seed=9)
+    bank = ReferenceBank(images, labels, dtype=dtype, augmentation="horizontal_flip" if flips else "none")
+    noisy, asked = noised(held_out, torch.arange(7)), torch.tensor([0, 1, 2, 3, -1, -1, 2])
+    found = bank.posterior_mean(noisy, 1.0, SIGMA, labels=asked, joined=held_out)
+    for row in range(7):
+        usable = images if asked[row] == -1 else images[labels == asked[row]]
+        members = torch.cat([usable, held_out[row : row + 1]])
+        members = torch.cat([members, members.flip(-1)]) if flips else members
+        expected = expected_mean(noisy[row : row + 1], members, SIGMA[row : row + 1])
+        compare(type(found)(*(part[row : row + 1] for part in found)), expected)
+
+
+@pytest.mark.parametrize(
+    ("joined", "more", "error", "said"),
+    [
+        (pixels(6), {}, ValueError, "an image for each"),
+        (pixels(7).float(), {}, TypeError, "Pass uint8 pixels"),
+        (pixels(7), {"subset_size": 9, "source_index": SOURCES}, ValueError, "leave subset_size out"),
+    ],
+)
+def test_joined_images_that_do_not_fit(joined, more, error, said):
+    with pytest.raises(error, match=said):
+        ReferenceBank(pixels()).posterior_mean(noised(pixels()), 1.0, SIGMA, joined=joined, **more)
 
 
 # ---- unbiased
