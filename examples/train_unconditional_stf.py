@@ -102,6 +102,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     report = flags.add_report_flags(parser)
     report.add_argument("--num_inference_steps", "--ddpm_num_inference_steps", type=flags.number(int, 2, high=1000), default=35,
         help="Number of sampling steps.")
+    report.add_argument("--validation_split",
+        help="Measure the error against the posterior mean on images of this split, such as test, and beside it on training "
+             "images, and say where the network knows the latter.")
+    report.add_argument("--validation_steps", type=count,
+        help="Number of steps between these measurements. Default: --checkpointing_steps.")
+    report.add_argument("--validation_images", type=flags.number(int, 32),
+        help="Number of images of either split. Default: 512.")
     flags.add_evaluation_and_hub_flags(report)
     flags.add_refused_flags(parser, flags.REFUSED_FLAGS)
 
@@ -129,6 +136,10 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
          "--streaming has no epochs: pass --sample_steps instead of --save_images_epochs and --save_model_epochs."),
         (args.eval_steps and args.streaming,
          "--eval_steps compares with all training images, which a stream does not keep. Leave one out."),
+        (args.validation_split and (args.streaming or args.vae),
+         "--validation_split needs all training images as references, pixel by pixel: leave --streaming and --vae out."),
+        (not args.validation_split and (args.validation_steps or args.validation_images),
+         "--validation_steps and --validation_images need --validation_split."),
         (args.streaming and (args.vae or args.dataloader_num_workers),
          "--streaming reads images in the training process: leave --vae and --dataloader_num_workers out."),
     ]
@@ -220,6 +231,7 @@ from stf_diffusers.training.training_log import (
     start_trackers,
     tracker_may_fail,
 )
+from stf_diffusers.training.validation import Validation, bank_for, open_held_out
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -272,6 +284,13 @@ def main(argv: list[str] | None = None) -> None:
                 dataset, skip_corrupt=args.skip_corrupt, image_memory_gb=args.image_memory_gb,
                 image_cache=args.image_cache, cache_dir=args.cache_dir, quiet=quiet, **reading,
             )  # fmt: skip
+        held_out = None
+        if args.validation_split:
+            with accelerator.main_process_first():
+                held_out = open_held_out(
+                    args.validation_split, pixels, args.dataset_name, args.dataset_config_name, args.train_data_dir,
+                    cache_dir=args.cache_dir, skip_corrupt=args.skip_corrupt, **reading,
+                )  # fmt: skip
         class_names = images.class_names
         data_name = public_name(args.dataset_name or args.train_data_dir) or "scikit-learn's handwritten digits"
 
@@ -358,6 +377,22 @@ def main(argv: list[str] | None = None) -> None:
                 subtract_known_variance(
                     distribution, process, pixels, references, mirrored=flips, seed=args.seed, device=device
                 )
+        validation = None
+        if held_out is not None:
+            bank = bank_for(
+                pixels,
+                references,
+                reference_memory_gb=args.reference_memory_gb,
+                mirrored=flips,
+                device=device,
+                quiet=quiet,
+            )
+            validation = Validation(
+                accelerator, held_out, pixels, bank, process, distribution, conditioning=conditioning, output_dir=output_dir,
+                validation_steps=args.validation_steps or args.checkpointing_steps,
+                validation_images=args.validation_images or 512, batch_size=sampling["batch_size"], seed=args.seed,
+                first_step=first_step,
+            )  # fmt: skip
         batches_per_epoch = 0 if references.sampler is None else len(references.sampler)
         images_per_step = args.gradient_accumulation_steps * args.train_batch_size * num_processes
         max_steps = args.max_train_steps or math.ceil(
@@ -442,8 +477,8 @@ def main(argv: list[str] | None = None) -> None:
             return diffusers_pipeline(averaged, process, vae=vae, metadata=metadata, **sampling_range)
 
         saver = PipelineSaver(
-            accelerator, output_dir, network, make_pipeline, ema=ema, evaluation=evaluation, hub=hub,
-            num_samples=args.num_samples, sampling=sampling,
+            accelerator, output_dir, network, make_pipeline, ema=ema, evaluation=evaluation, validation=validation,
+            hub=hub, num_samples=args.num_samples, sampling=sampling,
         )  # fmt: skip
 
         # ---- the loop

@@ -250,6 +250,34 @@ def plot_adaptive_levels(edges: Tensor, prior_weights: Tensor, weights: Tensor, 
     return figure
 
 
+def plot_validation(
+    noise_level: Sequence[float],
+    held_out: Sequence[Estimate],
+    training: Sequence[Estimate],
+    dsm_loss: Sequence[Estimate],
+) -> Figure:
+    """A network's errors against the posterior mean on held-out and on training images, and the DSM loss of the former.
+
+    Args:
+        noise_level: ascending noise levels sigma / alpha.
+        held_out, training, dsm_loss: of each, per dimension of the output; error bars are standard errors.
+
+    Returns:
+        A figure that belongs to no window.
+    """
+    figure, (top, bottom) = _figure(2)
+    _draw(top, noise_level, dsm_loss, "DSM loss, held out", "0.6", "--")
+    _draw(top, noise_level, held_out, "error, held out", "tab:red")
+    _draw(top, noise_level, training, "error, training", "tab:blue")
+    top.set(yscale="log", ylabel="per dimension of the output")
+    top.legend(frameon=False)
+    ratios = [one.value / other.value for one, other in zip(held_out, training, strict=True)]
+    bottom.plot(noise_level, ratios, color="black", marker=".")
+    bottom.axhline(1, color="0.6", linewidth=1)
+    bottom.set_ylabel("held out / training")
+    return figure
+
+
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 

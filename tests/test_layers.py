@@ -52,6 +52,7 @@ TRAINING: list[set[str]] = [
     {"training.image_cache"},
     {"training.image_data"},
     {f"training.{name}" for name in ("streaming", "latents", "evaluation")},
+    {"training.validation"},
     {"training.consistency_levels", "training.pipeline_saver"},
 ]
 LAYERS = [*CORE, *ABOVE_DIFFUSERS, *TRAINING]

@@ -155,6 +155,11 @@ COMBINATIONS = {
     "no steps": Row("--eval_extractor x", "need each other"),
     "no such extractor": Row("--eval_steps 2 --eval_extractor /nowhere", "--eval_extractor /nowhere"),
     "evaluation of a stream": Row("--eval_steps 2 --eval_extractor x --streaming", "does not keep"),
+    "held-out images of a stream": Row("--validation_split test --streaming", "leave --streaming and --vae out"),
+    "held-out images of latents": Row("--validation_split test --vae {vae}", "leave --streaming and --vae out"),
+    "no held-out images": Row("--validation_steps 2", "need --validation_split"),
+    "no such held-out split": Row("--validation_split nosuch", ("--validation_split nosuch", "it has ['train']")),
+    "few held-out images": Row("--validation_split train", ("24 images are too few", "--validation_split")),
     # Streams.
     "no end": Row(
         "--streaming", "--streaming needs --max_train_steps", without=("--max_train_steps",)

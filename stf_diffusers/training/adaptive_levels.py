@@ -14,13 +14,12 @@ from torch import Tensor
 
 from ..adaptive_noise import AdaptiveNoise
 from ..diagnostics import target_variance
-from ..files import replacing
 from ..forward_process import NoiseProcess
 from ..objective import PerturbedBatch
 from ..plotting import plot_adaptive_levels
 from .references import References
 from .sources import IndexedImages
-from .training_log import log_picture
+from .training_log import log_picture, save_figure
 
 logger = logging.getLogger(__name__)
 
@@ -81,15 +80,9 @@ class AdaptiveLevels:
         found = self.distribution
         if not self.accelerator.is_main_process:
             return
-        tables = (found.edges, found.prior_weights, found.weights, found.errors)
-        try:
-            figure = plot_adaptive_levels(*(table.cpu() for table in tables))
-        except ImportError:
-            return
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as file:
-            figure.savefig(file)
-        log_picture(self.accelerator, Image.open(path).convert("RGB"), step, "noise_distribution")
+        tables = [table.cpu() for table in (found.edges, found.prior_weights, found.weights, found.errors)]
+        if save_figure(lambda: plot_adaptive_levels(*tables), path):
+            log_picture(self.accelerator, Image.open(path).convert("RGB"), step, "noise_distribution")
 
 
 def subtract_known_variance(

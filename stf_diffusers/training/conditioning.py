@@ -61,6 +61,12 @@ class Conditioning:
             return None
         return self._base * (ORIENTATIONS if self.reorient else 1)
 
+    def upright(self, labels: Tensor | None, batch_size: int, device: torch.device) -> Tensor | None:
+        """(B,) labels for the network of upright images with the classes `labels` (B,), or None where it takes none."""
+        if labels is None and self.embeddings is not None:
+            return torch.full((batch_size,), self.null_label or 0, device=device)
+        return labels
+
     def draw(
         self, labels: Tensor | None, batch_size: int, generator: torch.Generator
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -75,9 +81,7 @@ class Conditioning:
             None if there is none.
         """
         device = generator.device
-        network_labels, classes, orientation = labels, labels, None
-        if labels is None and self.embeddings is not None:
-            network_labels = torch.full((batch_size,), self.null_label or 0, device=device)
+        network_labels, classes, orientation = self.upright(labels, batch_size, device), labels, None
         if labels is not None and self.class_dropout:
             dropped = torch.rand(batch_size, generator=generator, device=device) < self.class_dropout
             classes = labels.masked_fill(dropped, -1)

@@ -19,6 +19,7 @@ from .hub_upload import HubUpload
 from .sampling import sample_grid
 from .stop_signal import settle_communication
 from .training_log import TrainingLog, log_picture, tracker_may_fail
+from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class PipelineSaver:
         make_pipeline: makes the pipeline of a network after so many steps.
         ema: the average whose weights are saved. None: the network's own.
         evaluation: what measures the pipelines, for their cards.
+        validation: what measures the networks.
         hub: where pipelines are uploaded. None: nowhere.
         num_samples: number of images in a grid.
         sampling: keyword arguments of `sample_grid`: seed, batch_size, num_inference_steps.
@@ -47,12 +49,14 @@ class PipelineSaver:
         *,
         ema: ExponentialAverage | None,
         evaluation: Evaluation | None,
+        validation: Validation | None = None,
         hub: HubUpload | None,
         num_samples: int,
         sampling: Mapping[str, Any],
     ) -> None:
         self.accelerator, self.output_dir, self.network, self.ema = accelerator, output_dir, network, ema
         self.make_pipeline, self.evaluation, self.hub = make_pipeline, evaluation, hub
+        self.measures = [measure for measure in (evaluation, validation) if measure is not None]
         self.num_samples, self.sampling = num_samples, dict(sampling)
 
     def averaged(self, step: int) -> DiffusionPipeline:
@@ -100,10 +104,13 @@ class PipelineSaver:
         self.accelerator.wait_for_everyone()
 
     def evaluate(self, step: int, max_steps: int, log: TrainingLog) -> None:
-        """Evaluate the pipeline where that is due; the time does not count as training."""
-        if self.evaluation is not None and self.evaluation.due(step, max_steps):
+        """Evaluate and validate the pipeline where that is due; the time does not count as training."""
+        due = [measure for measure in self.measures if measure.due(step, max_steps)]
+        if due:
             with log.paused():
-                self.evaluation(self.averaged(step), step)
+                pipeline = self.averaged(step)
+                for measure in due:
+                    measure(pipeline, step)
 
     def end(self, patience: float = 1800) -> None:
         """Say what is on the Hub, waiting so many seconds for uploads, and end processes and trackers in order."""

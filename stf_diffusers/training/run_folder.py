@@ -21,6 +21,8 @@ CHECKPOINT_PREFIX, MANIFEST = "checkpoint-", "training_state.json"
 METRICS = "metrics.jsonl"
 # Pictures, snapshots of the averages, evaluations and the best pipeline, the bank on disk, the latents.
 SAMPLES, SNAPSHOTS, RECORDS, BEST = "samples", "post_hoc_ema", "evaluations.json", "best"
+# Errors on held-out images.
+VALIDATION = "validation.json"
 BANK_FILE, LATENT_FILES = "reference_bank.safetensors", "latents-*.safetensors"
 
 
@@ -127,7 +129,7 @@ def clear(output_dir: Path) -> None:
     (output_dir / "model_index.json").unlink(missing_ok=True)
     for path in complete_checkpoints(output_dir):
         discard(path)
-    for name in (RECORDS, METRICS):
+    for name in (RECORDS, VALIDATION, METRICS):
         (output_dir / name).unlink(missing_ok=True)
     for name in (SAMPLES, SNAPSHOTS, BEST):
         shutil.rmtree(output_dir / name, ignore_errors=True)

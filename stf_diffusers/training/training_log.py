@@ -6,11 +6,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from ..files import replacing
 from ..objective import PerturbedBatch
 from ..plotting import plot_training_levels
 from ..posterior import pixels_to_float
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -285,13 +288,21 @@ class TargetShare:
             logger.info("Targets take %.4f of the %.4f seconds of a step.", self._targets / 3, step)
 
 
-def save_profile(profile: dict[str, list[float]], path: Path) -> None:
-    """Draw a `LevelProfile`'s result into a PNG file, where matplotlib is installed."""
+def save_figure(make: Callable[[], Figure], path: Path) -> bool:
+    """Draw a figure into a PNG file; whether matplotlib is installed."""
     try:
-        figure = plot_training_levels(**profile)
+        figure = make()
     except ImportError:
-        logger.info("Loss and variance by noise level are drawn where matplotlib is installed: pip install matplotlib.")
-        return
+        return False
+    path.parent.mkdir(exist_ok=True)
     with replacing(path) as file:
         figure.savefig(file)
-    logger.info("Loss and variance removed by noise level: %s", path)
+    return True
+
+
+def save_profile(profile: dict[str, list[float]], path: Path) -> None:
+    """Draw a `LevelProfile`'s result into a PNG file, where matplotlib is installed."""
+    if save_figure(lambda: plot_training_levels(**profile), path):
+        logger.info("Loss and variance removed by noise level: %s", path)
+    else:
+        logger.info("Loss and variance by noise level are drawn where matplotlib is installed: pip install matplotlib.")

@@ -15,9 +15,10 @@ from stf_diffusers.training.flags import READING_FLAGS, process_flags
 from tiny import EXAMPLES, TINY, metadata, save_extractor, tiny_autoencoder, train
 
 # flag: (what both runs have, what the second has too, what changes). Kinds of what changes: "weights" (raw), "average",
-# "files" (their names), "grid", "card", "steps_logged", "evaluations", "tf32", "log" (a phrase that appears), "metadata"
+# "files" (their names), "grid", "card", "steps_logged", "evaluations", "validation", "tf32", "log" (a phrase that appears), "metadata"
 # (a key), or "nothing", where the flag is a matter of speed or memory.
 WIDE = "--train_data_dir {wide} --resolution 8"
+HALF = "--dataset_name {many} --split train[:40]"
 CASES = {
     "dataset_name": ("", "--dataset_name {parquet}", "card"),
     "train_data_dir": ("", "--train_data_dir {wide} --resolution 8", "card"),
@@ -93,6 +94,9 @@ CASES = {
     "sample_steps": ("", "--sample_steps 1", "files"),
     "num_samples": ("", "--num_samples 4", "grid"),
     "num_inference_steps": ("", "--num_inference_steps 5", "grid"),
+    "validation_split": (HALF, "--validation_split train[40:]", "files"),
+    "validation_steps": (f"{HALF} --validation_split train[40:]", "--validation_steps 2", "validation"),
+    "validation_images": (f"{HALF} --validation_split train[40:]", "--validation_images 32", "validation"),
     "eval_steps": ("--eval_extractor {extractor} --eval_num_samples 5 --eval_steps 3", "--eval_steps 1", "evaluations"),
     "eval_extractor": ("--eval_steps 3 --eval_num_samples 5 --eval_extractor {extractor}", "--eval_extractor {other}", "evaluations"),
     "eval_num_samples": ("--eval_extractor {extractor} --eval_steps 3 --eval_num_samples 5", "--eval_num_samples 6", "evaluations"),
@@ -141,12 +145,17 @@ def places(tmp_path_factory, image_folder):
     two = datasets.Dataset.from_dict(columns, features=features)
     two.to_parquet(root / "two.parquet")
     two.select_columns(["image", "label"]).to_parquet(root / "one.parquet")
+    many = [Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(76)]
+    datasets.Dataset.from_dict({"image": many}, features=datasets.Features({"image": datasets.Image()})).to_parquet(
+        root / "many.parquet"
+    )
     (root / "net.json").write_text(json.dumps(TINY))
     (root / "larger.json").write_text(json.dumps({**TINY, "block_out_channels": [8, 12]}))
     found = {
         "wide": root / "wide",
         "parquet": root / "one.parquet",
         "two": root / "two.parquet",
+        "many": root / "many.parquet",
         "larger": root / "larger.json",
     }
     found |= {"net": root / "net.json", "images": image_folder, "trained": root / "trained"}
@@ -201,6 +210,7 @@ def outcome(places, folder, argv, caplog):
         "card": (folder / "README.md").read_text().replace(str(folder), "").replace(f"# {folder.name}", ""),
         "steps_logged": steps_logged(folder),
         "evaluations": digest(folder / "evaluations.json"),
+        "validation": digest(folder / "validation.json"),
         "metadata": metadata(folder),
         "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
         "log": caplog.text,
