@@ -105,7 +105,7 @@ from stf_diffusers.diagnostics import TargetVariance
 from stf_diffusers.files import replacing
 from stf_diffusers.forward_process import NoiseProcess
 from stf_diffusers.noise_distribution import distribution_to_config
-from stf_diffusers.noise_profile import entropy_rate, recommended_distribution
+from stf_diffusers.noise_profile import entropy_rate, recommended_distribution, undecided_variance
 from stf_diffusers.training.data_set import find_image_column, find_label_column, load_split, read_labels
 from stf_diffusers.training.image_column import with_images, without_corrupt
 from stf_diffusers.training.image_reader import decode_all, make_reader
@@ -206,15 +206,19 @@ def main(argv: list[str] | None = None) -> None:
     advice = advise(rows, drawn)
     # Where all levels tell their source there is nothing to recommend.
     recommended = recommended_distribution(rows, drawn) if any(entropy_rate(rows)) else None
-    pictures = draw(rows, drawn, recommended)
+    by_variance = None
+    if any(undecided := undecided_variance(rows)):
+        by_variance = recommended_distribution(rows, drawn, profile=undecided)
+    pictures = draw(rows, drawn, recommended, by_variance)
     command = shlex.join(["python", "examples/variance_report.py", *(sys.argv[1:] if argv is None else argv)])
     versions = f"stf_diffusers {__version__}, torch {torch.__version__}"
     numbers = {"command": command, "advice": asdict(advice), "rows": [asdict(row) for row in rows]}
     contents = {picture.name: picture.png for picture in pictures}
     contents["variance.json"] = json.dumps(without_nan(numbers), indent=1).encode()
     contents["index.html"] = report_page(data, rows, advice, recommended, pictures, command, versions).encode()
-    if recommended is not None:
-        contents["noise_distribution.json"] = json.dumps(distribution_to_config(recommended), indent=1).encode()
+    for name, found in (("noise_distribution", recommended), ("noise_distribution_variance", by_variance)):
+        if found is not None:
+            contents[f"{name}.json"] = json.dumps(distribution_to_config(found), indent=1).encode()
     for name, content in contents.items():
         with replacing(args.output_dir / name) as file:
             file.write_bytes(content)

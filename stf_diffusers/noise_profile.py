@@ -28,24 +28,43 @@ def entropy_rate(rows: Sequence[TargetVariance]) -> list[float]:
     return [row.dsm.value / row.noise_level**2 for row in rows]
 
 
-def recommended_distribution(rows: Sequence[TargetVariance], drawn: Tensor, share: float = 0.5) -> Piecewise:
-    """Noise levels drawn in part where the data's entropy rate is, the rest as they are drawn now.
+def undecided_variance(rows: Sequence[TargetVariance]) -> list[float]:
+    """``4 v (1 - v)`` at each measured level, v being V_DSM as a share of the largest one measured: 1 where half of the data's
+    variance is decided by x_t, and 0 where none or all of it is.
 
-    The rate alone would be a bad choice: at the levels below it a network still has to learn the one likely source of an
+    Xu et al. 2023 (arXiv 2302.00670), Section 3, call these levels the intermediate phase. They lie above those of the
+    `entropy_rate`. The highest level measured is to be one where nothing is decided.
+    """
+    largest = max((row.dsm.value for row in rows), default=0.0)
+    shares = [row.dsm.value / largest if largest > 0 else 0.0 for row in rows]
+    return [4 * share * (1 - share) for share in shares]
+
+
+def recommended_distribution(
+    rows: Sequence[TargetVariance], drawn: Tensor, share: float = 0.5, profile: Sequence[float] | None = None
+) -> Piecewise:
+    """Noise levels drawn in part where a profile of the data is, the rest as they are drawn now.
+
+    The profile alone would be a bad choice: at the levels below it a network still has to learn the one likely source of an
     image that it has not seen.
 
     Args:
-        rows: variances at several noise levels, ascending, which cover the rate: it is taken as 0 beyond them, and as linear
-            in the logarithm of the level between them.
+        rows: variances at several noise levels, ascending, which cover the profile: it is taken as 0 beyond them, and as
+            linear in the logarithm of the level between them.
         drawn: (K,) noise levels sigma / alpha as the process draws them, K in the thousands; all but the outermost
             thousandths at either end are covered.
-        share: of the draws that follow the rate, 0 to 1.
+        share: of the draws that follow the profile, 0 to 1.
+        profile: a number for each row, in proportion to the density in ln(sigma / alpha), such as `undecided_variance`. None:
+            the `entropy_rate`.
 
     Raises:
-        ValueError: fewer than two rows, levels that do not ascend, a rate of 0 everywhere, or a share outside 0 to 1.
+        ValueError: fewer than two rows, levels that do not ascend, a profile of another length or of 0 everywhere, or a share
+            outside 0 to 1.
     """
     levels = np.array([row.noise_level for row in rows])
-    rate = np.array(entropy_rate(rows))
+    rate = np.array(entropy_rate(rows) if profile is None else profile)
+    if rate.shape != levels.shape:
+        raise ValueError(f"profile must have a number for each of the {len(levels)} rows; got {len(rate)}.")
     if len(levels) < 2 or not (np.diff(levels) > 0).all() or not np.isfinite(levels).all():
         raise ValueError(
             f"rows must be measured at two or more finite noise levels in ascending order; got {levels.tolist()}."

@@ -54,13 +54,16 @@ def plot_variance(rows: Sequence[TargetVariance], *, prediction_type: str = "sam
     return figure
 
 
-def plot_noise_levels(rows: Sequence[TargetVariance], drawn: Tensor, recommended: Piecewise) -> Figure:
-    """The data's entropy rate, the noise levels drawn in training, and a recommendation, as densities in ln(level).
+def plot_noise_levels(
+    rows: Sequence[TargetVariance], drawn: Tensor, recommended: Piecewise, by_variance: Piecewise | None = None
+) -> Figure:
+    """The data's entropy rate, the noise levels drawn in training, and recommendations, as densities in ln(level).
 
     Args:
         rows: results of `target_variance`, one for each noise level.
         drawn: (K,) noise levels sigma / alpha as they are drawn now.
         recommended: the noise levels to draw.
+        by_variance: the same by `undecided_variance`, on the same pieces.
 
     Returns:
         A figure that belongs to no window.
@@ -78,6 +81,9 @@ def plot_noise_levels(rows: Sequence[TargetVariance], drawn: Tensor, recommended
     axis.plot(levels, rate / area if area > 0 else rate, color="C1", label="entropy rate of the data")
     axis.plot(middles, counts / counts.sum() / edges.log().diff(), color="grey", label="drawn now")
     axis.plot(middles, recommended.log_density(middles.log()).exp(), color="C0", label="recommended")
+    if by_variance is not None:
+        density = by_variance.log_density(middles.log()).exp()
+        axis.plot(middles, density, color="C2", linestyle="--", label="by undecided variance")
     axis.set(xscale="log", ylabel="density in ln(noise level)", xlabel="noise level sigma / alpha")
     axis.legend(frameon=False)
     return figure

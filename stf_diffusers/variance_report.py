@@ -173,7 +173,12 @@ class Picture:
         )
 
 
-def draw(rows: Sequence[TargetVariance], drawn: Tensor, recommended: Piecewise | None) -> list[Picture]:
+def draw(
+    rows: Sequence[TargetVariance],
+    drawn: Tensor,
+    recommended: Piecewise | None,
+    by_variance: Piecewise | None = None,
+) -> list[Picture]:
     figures = [
         (
             "variance",
@@ -202,11 +207,12 @@ def draw(rows: Sequence[TargetVariance], drawn: Tensor, recommended: Piecewise |
         figures.append(
             (
                 "noise_levels",
-                plot_noise_levels(rows, drawn, recommended),
+                plot_noise_levels(rows, drawn, recommended, by_variance),
                 "Densities of the noise levels: entropy rate of the data, levels drawn now, levels recommended",
                 "Where the noise erases the data: the conditional entropy rate V_DSM / level², which is nil where x_t tells its "
                 "source and where it tells nothing. Recommended: half of the levels as they are drawn now, half in "
-                "proportion to this rate (noise_distribution.json).",
+                "proportion to this rate (noise_distribution.json). Dashed: the same where V_DSM is neither nil nor all of the "
+                "data's (noise_distribution_variance.json).",
             )
         )
     pictures = []

@@ -9,7 +9,7 @@ from scipy.integrate import quad
 
 from stf_diffusers import EDM, VE, target_variance
 from stf_diffusers.noise_distribution import distribution_from_config, distribution_to_config
-from stf_diffusers.noise_profile import entropy_rate, recommended_distribution
+from stf_diffusers.noise_profile import entropy_rate, recommended_distribution, undecided_variance
 
 
 def error_of_two_points(level):
@@ -57,6 +57,23 @@ def test_half_as_drawn_and_half_in_proportion_to_the_rate():
     assert distribution_from_config(distribution_to_config(parts[2])) == parts[2]
 
 
+def test_where_the_variance_is_undecided():
+    """Of two points, by quadrature, to five standard errors; drawn in proportion to it."""
+    levels = np.geomspace(0.1, 300, 20)
+    rows = rows_of(torch.tensor([[-1.0], [1.0]]), levels.tolist())
+    found = undecided_variance(rows)
+    for row, share in zip(rows, found, strict=True):
+        exact = error_of_two_points(row.noise_level)
+        # d(4 v (1 - v)) is at most 4 dv, and the largest variance is 1 to 1e-4.
+        assert abs(share - 4 * exact * (1 - exact)) <= 20 * row.dsm.standard_error + 1e-3
+    assert found[0] < 1e-3 and found[-1] < 1e-3 and max(found) > 0.9
+    drawn = VE(0.02, 50.0).sample_t(50_000, generator=torch.Generator().manual_seed(0))
+    levels_drawn = recommended_distribution(rows, drawn, 1.0, found)
+    at = np.sqrt(np.array(levels_drawn.levels[:-1]) * levels_drawn.levels[1:])
+    by_hand = np.interp(np.log(at), np.log(levels), found, left=0, right=0)
+    np.testing.assert_allclose(levels_drawn.weights, by_hand / by_hand.sum(), atol=1e-15)
+
+
 def test_what_cannot_be_recommended():
     drawn = EDM().sample_t(1000, generator=torch.Generator().manual_seed(0))
     rows = rows_of(torch.tensor([[-1.0], [1.0]]), [0.5, 2.0], num_samples=16)
@@ -65,6 +82,8 @@ def test_what_cannot_be_recommended():
             recommended_distribution(wrong, drawn)
     with pytest.raises(ValueError, match="share must lie between 0 and 1; got 2"):
         recommended_distribution(rows, drawn, 2)
+    with pytest.raises(ValueError, match="a number for each of the 2 rows; got 3"):
+        recommended_distribution(rows, drawn, profile=[1.0, 2.0, 3.0])
     same = rows_of(torch.ones(2, 1), [0.5, 2.0], num_samples=16)
     with pytest.raises(ValueError, match="0 at all measured noise levels"):
         recommended_distribution(same, drawn)

@@ -281,7 +281,7 @@ class Validation:
                 "validation_split='test', or split='train[1000:]' and validation_split='train[:1000]'."
             )
         if copies:
-            logger.warning("%d of %d held-out images are training images too: --validation_split.", copies, self.count)
+            logger.warning("%d of %d images of the validation split are training images too.", copies, self.count)
 
     def due(self, step: int, max_steps: int) -> bool:
         """Whether an evaluation is due after this step, and has not been made yet."""

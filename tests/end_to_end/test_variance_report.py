@@ -91,6 +91,7 @@ def test_the_page_stands_alone(digits):
         "remaining.png",
         "noise_levels.png",
         "noise_distribution.json",
+        "noise_distribution_variance.json",
     }, "nothing aside is left"
 
 
@@ -117,6 +118,9 @@ def test_the_table_has_the_numbers_that_are_computed(digits):
         assert numbers["stf"]["64"] == pytest.approx(list(row.stf[64]), abs=1e-15)
 
 
+HALF = torch.tensor(0.5, dtype=torch.float64)
+
+
 def test_noise_levels_are_recommended(digits):
     """Half of EDM's own, half where the entropy rate of the page's own table is."""
     levels = distribution_from_config(json.loads((digits / "noise_distribution.json").read_text()))
@@ -128,6 +132,8 @@ def test_noise_levels_are_recommended(digits):
     ahead = np.interp(middles, logs, rates, left=0, right=0)
     own = np.diff(LogNormal(-1.2, 1.2).cdf(torch.from_numpy(edges)).numpy())
     np.testing.assert_allclose(levels.weights, own / 2 + ahead / ahead.sum() / 2, atol=5 * math.sqrt(0.06 / 100_000))
+    by_variance = distribution_from_config(json.loads((digits / "noise_distribution_variance.json").read_text()))
+    assert by_variance.levels == levels.levels and by_variance.quantile(HALF) > levels.quantile(HALF)
     assert "--noise_distribution noise_distribution.json" in (digits / "index.html").read_text()
 
 

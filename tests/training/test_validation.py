@@ -202,7 +202,7 @@ def test_training_images_are_no_held_out_images(images, held_out, tmp_path, capl
         validate(None, images, images, tmp_path)
     some = open_images(load_digits_dataset().select([*range(10), *range(300, 340)]), quiet=True)
     validate(Gaussian(images), some, unlabelled(images), tmp_path)
-    assert "10 of 50 held-out images are training images too" in caplog.text
+    assert "10 of 50 images of the validation split are training images too" in caplog.text
 
 
 @pytest.mark.parametrize(
