@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .forward_process import NoiseProcess, expand_as_rows
-from .posterior import PosteriorMean, check_tensor, full_precision
+from .posterior import PosteriorMean, check_tensor, without_autocast
 from .reference_set import ReferenceSet
 from .scheduler_process import SchedulerProcess
 from .source_checks import (
@@ -183,7 +183,7 @@ class ConsistencyTrainingObjective:
         noise, t = check_noise_and_times(x0, noise, t)
         references = self._sources.references(x0, reference, labels, reference_labels, source_index, num_unconditional)
         t = t.to(x0.dtype)
-        with full_precision(x0.device.type):
+        with without_autocast(x0.device.type):
             exact_t = t.to(torch.float64)
             alpha_t, sigma_t = alpha_and_sigma(self.process, exact_t)
             if x0.device.type == "cpu" and not bool((alpha_t > 0).all()):
@@ -249,7 +249,7 @@ class ConsistencyTrainingObjective:
 
     def losses(self, output: Tensor, earlier_output: Tensor, pair: ConsistencyPair) -> Tensor:
         """(B,) of which `loss` is the mean."""
-        with full_precision(pair.noisy.device.type):
+        with without_autocast(pair.noisy.device.type):
             difference = (self.denoise(output, pair) - self.earlier(earlier_output, pair).detach()).flatten(1)
             c = 0.00054 * math.sqrt(difference.shape[1]) if self.huber_c is None else self.huber_c
             if c > 0:
@@ -284,7 +284,7 @@ class ConsistencyTrainingObjective:
     def _f(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """x0 by the process's linear table, ``noisy = alpha x0 + sigma noise`` and ``output = a x0 + b noise``."""
         check_output(output, noisy.shape)
-        with full_precision(noisy.device.type):
+        with without_autocast(noisy.device.type):
             exact = t.to(torch.float64)
             # At t = 0, where the table is 0 / 0, any other time stands in.
             exact = torch.where(exact > 0, exact, torch.ones_like(exact) * self.process.time_of(exact + 1))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .forward_process import NoiseProcess
-from .posterior import ReferenceRows, full_precision, pixels_to_float, take_rows
+from .posterior import ReferenceRows, pixels_to_float, take_rows, without_autocast
 from .prediction import prediction_coefficients
 from .reference_bank import ReferenceBank
 
@@ -147,7 +147,7 @@ def target_variance(
     for index, time in enumerate(moments.tolist()):
         alpha, sigma = alphas[index].item(), sigmas[index].item()
         blocks = _draw_blocks(bank, sizes, num_samples, place, generator)
-        with full_precision(place.type):
+        with without_autocast(place.type):
             measured = [_measure(bank.images, block, alpha, sigma, sizes) for block in blocks]
         dsm, divergence, effective, *stf = torch.cat(measured, 1).cpu()
         estimates = {n: _average(rows) for n, rows in zip(sizes, stf, strict=True)}

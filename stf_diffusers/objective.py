@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .forward_process import NoiseProcess, expand_as_rows
 from .noise_distribution import NoiseDistribution
-from .posterior import PosteriorMean, full_precision
+from .posterior import PosteriorMean, without_autocast
 from .prediction import prediction_coefficients
 from .reference_set import ReferenceSet
 from .scheduler_process import SchedulerProcess
@@ -215,7 +215,7 @@ class STFTrainingObjective:
             ValueError: the shapes differ (mean squared error would broadcast them).
         """
         check_output(output, batch.target.shape)
-        with full_precision(output.device.type):
+        with without_autocast(output.device.type):
             output = output.to(batch.target.dtype)
             if weights is None:
                 return F.mse_loss(output, batch.target)
@@ -236,7 +236,7 @@ class STFTrainingObjective:
         source_index: Tensor | None,
     ) -> PerturbedBatch:
         noise, t = check_noise_and_times(x0, noise, t)
-        with full_precision(x0.device.type):
+        with without_autocast(x0.device.type):
             # Coefficients in float64: at low noise 1 - c_skip and a - b alpha / sigma cancel.
             exact_t = t.to(torch.float64)
             exact_alpha, exact_sigma = alpha_and_sigma(self.process, exact_t)

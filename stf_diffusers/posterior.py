@@ -12,6 +12,7 @@ states of chunks merge exactly, as in streaming softmax, so no (B, n, D) tensor 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -69,25 +70,56 @@ def check_batch(name: str, images: Any, shape: str) -> None:
         )
 
 
+def without_autocast(device_type: str) -> torch.autocast:
+    """Autocast off, in this thread: enough around elementwise arithmetic and products of float64 or of integers."""
+    return torch.autocast(device_type, enabled=False)
+
+
+class _ExactProducts:
+    """Float32 matrix products in IEEE float32 while anyone is inside: a setting of the process, not of a thread.
+
+    The first thread that enters keeps the settings and the last one that leaves restores them, so that threads whose stays
+    overlap leave behind what was there before.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.previous: list[str] = []
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self.previous = [backend.fp32_precision for backend in self._backends()]
+                for backend in self._backends():
+                    backend.fp32_precision = "ieee"
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                for backend, precision in zip(self._backends(), self.previous, strict=True):
+                    # "none" inherits from torch.backends.fp32_precision; what was inherited must go on following it.
+                    backend.fp32_precision = "none"
+                    if backend.fp32_precision != precision:
+                        backend.fp32_precision = precision
+
+    @staticmethod
+    def _backends() -> tuple[Any, ...]:
+        return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+_EXACT_PRODUCTS = _ExactProducts()
+
+
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Autocast off, float32 matrix products in IEEE float32; the caller's settings are restored afterwards.
 
     ``autocast(enabled=False)`` alone leaves TF32 (CUDA) and bf16 (oneDNN) products on.
     """
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    previous = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, previous, strict=True):
-            # "none" inherits from torch.backends.fp32_precision; what was inherited must go on following it.
-            backend.fp32_precision = "none"
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision
+    with _EXACT_PRODUCTS, without_autocast(device_type):
+        yield
 
 
 def pixels_to_float(images: Tensor) -> Tensor:
@@ -168,7 +200,7 @@ def posterior_state(
         chunk_size = max(1, min(per_chunk // max(dimension, batch_size, 1), _MAX_INT8_CHUNK))
     # Chunks of one size, so that the last is not a sliver.
     chunk_size = math.ceil(len(rows) / max(1, math.ceil(len(rows) / chunk_size))) or 1
-    with full_precision(noisy.device.type):
+    with without_autocast(noisy.device.type):
         queries = Queries(noisy, alpha, sigma, reference.dtype == torch.uint8, arithmetic)
         empty = torch.zeros(batch_size, dtype=torch.float64, device=noisy.device)
         total = torch.zeros(batch_size, dimension, dtype=torch.float64, device=noisy.device)
