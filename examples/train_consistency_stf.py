@@ -161,6 +161,7 @@ from stf_diffusers.training.image_data import flip_at_random, open_images
 from stf_diffusers.training.launch import make_accelerator, start_logging
 from stf_diffusers.training.network import choose_network, pretrained_metadata
 from stf_diffusers.training.noise_process import choose_process
+from stf_diffusers.training.optimizer import allow_tf32, make_optimizer
 from stf_diffusers.training.pipeline_saver import PipelineSaver
 from stf_diffusers.training.references import choose_references
 from stf_diffusers.training.run_lock import RunLock
@@ -296,15 +297,12 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- optimizer
         if args.allow_tf32:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        optimizer = torch.optim.AdamW(
-            network.parameters(),
-            lr=args.learning_rate * (images_per_step if args.scale_lr else 1),
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay,
-            eps=args.adam_epsilon,
-            fused=True,
-        )
+            allow_tf32()
+        optimizer = make_optimizer(
+            network, learning_rate=args.learning_rate * (images_per_step if args.scale_lr else 1),
+            betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon,
+            mixed_precision=accelerator.mixed_precision,
+        )  # fmt: skip
         lr_scheduler = get_scheduler(
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_steps
         )

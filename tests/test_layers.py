@@ -47,7 +47,10 @@ TRAINING: list[set[str]] = [
     {f"training.{name}" for name in ("command_line", "launch", "run_lock", "run_folder", "stop_signal", "hub_upload")},
     {"training.flags"},
     {f"training.{name}" for name in ("sources", "image_column", "data_files", "autoencoder", "conditioning")},
-    {f"training.{name}" for name in ("noise_process", "sampling", "training_log", "references", "averages", "network")},
+    {
+        f"training.{name}"
+        for name in ("noise_process", "sampling", "training_log", "references", "averages", "network", "optimizer")
+    },
     {f"training.{name}" for name in ("image_reader", "data_set", "checkpoints", "adaptive_levels")},
     {"training.image_cache"},
     {"training.image_data"},

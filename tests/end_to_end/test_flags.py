@@ -17,6 +17,7 @@ from tiny import EXAMPLES, TINY, metadata, save_extractor, tiny_autoencoder, tra
 # flag: (what both runs have, what the second has too, what changes). Kinds of what changes: "weights" (raw), "average",
 # "files" (their names), "grid", "card", "steps_logged", "evaluations", "validation", "tf32", "log" (a phrase that appears), "metadata"
 # (a key), or "nothing", where the flag is a matter of speed or memory.
+TF32 = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
 WIDE = "--train_data_dir {wide} --resolution 8"
 HALF = "--dataset_name {many} --split train[:40]"
 CASES = {
@@ -196,7 +197,8 @@ def outcome(places, folder, argv, caplog):
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
     caplog.clear()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for backend in TF32:
+        backend.fp32_precision = "ieee"
     train(base(places, folder, argv))
     raw = folder / "unet_raw" if (folder / "unet_raw").is_dir() else folder / "unet"
     (grid,) = sorted((folder / "samples").glob("*.png"))[-1:]
@@ -212,7 +214,7 @@ def outcome(places, folder, argv, caplog):
         "evaluations": digest(folder / "evaluations.json"),
         "validation": digest(folder / "validation.json"),
         "metadata": metadata(folder),
-        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "tf32": [backend.fp32_precision for backend in TF32],
         "log": caplog.text,
     }
 
@@ -233,9 +235,10 @@ def without(places, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def precision():
     """--allow_tf32 is a setting of the whole process."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    before = [backend.fp32_precision for backend in TF32]
     yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    for backend, precision in zip(TF32, before, strict=True):
+        backend.fp32_precision = precision
 
 
 @pytest.mark.parametrize("flag", CASES)
