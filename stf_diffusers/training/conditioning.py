@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -97,12 +98,17 @@ def orient(images: Tensor, orientation: Tensor) -> Tensor:
     """Square images (B, C, H, H), each in one of eight orientations (B,): 0 upright, k and k + 4 turned by k quarters,
     the latter mirrored first.
     """
-    turned = images.clone()
-    for number in range(1, ORIENTATIONS):
-        rows = orientation == number
-        chosen = images[rows]
-        turned[rows] = torch.rot90(chosen.flip(-1) if number >= 4 else chosen, number % 4, (-2, -1))
-    return turned
+    place = _pixels_of_orientations(images.shape[-1], images.device)[orientation]
+    flat = images.flatten(2)
+    return flat.gather(2, place[:, None].expand_as(flat)).view(images.shape)
+
+
+@cache
+def _pixels_of_orientations(size: int, device: torch.device) -> Tensor:
+    """(8, H * H) int64: which pixel of an upright image each pixel of a turned one is."""
+    upright = torch.arange(size**2, device="cpu").view(size, size)
+    turned = [torch.rot90(upright.flip(-1) if number >= 4 else upright, number % 4) for number in range(ORIENTATIONS)]
+    return torch.stack(turned).flatten(1).to(device)
 
 
 def reoriented(batch: PerturbedBatch, orientation: Tensor | None) -> PerturbedBatch:

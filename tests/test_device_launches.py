@@ -1,0 +1,117 @@
+"""What a step asks of an accelerator, walked through on tensors without data: no waiting, few launches, one device.
+
+Reading a value back from such a tensor is an error, as is a sum of tensors on two devices.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stf_diffusers import EDM, VE, VP, FlowMatching, ReferenceBank, STFTrainingObjective
+from stf_diffusers.posterior import level_norms, squared_norms
+from stf_diffusers.reference_set import ReferenceBatch
+from stf_diffusers.training.conditioning import orient
+
+# What only makes another view of a tensor, or finds memory for one.
+VIEWS = (
+    "view", "slice", "expand", "unsqueeze", "select", "permute", "transpose", "alias", "detach", "as_strided", "split",
+    "aten.t.", "unbind", "squeeze", "reshape", "empty",
+)  # fmt: skip
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations on the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, tuple | list) and result else result
+        on_device = isinstance(first, torch.Tensor) and first.device.type == "meta"
+        self.count += on_device and not any(name in str(function) for name in VIEWS)
+        return result
+
+
+@pytest.fixture(autouse=True)
+def seen(monkeypatch):
+    """The first call compares the values of sources and references, which waits; these are later ones."""
+    for kind in (ReferenceBatch, ReferenceBank):
+        monkeypatch.setattr(kind, "check_sources", lambda *arguments: None)
+
+
+def images(n, dtype=torch.uint8):
+    return torch.empty(n, 3, 32, 32, dtype=dtype, device="meta")
+
+
+def bank(n, dtype=torch.uint8, labels=None, augmentation="none"):
+    """A bank on the device, of images without data."""
+    made = ReferenceBank(torch.zeros(n, 1, 1, 2, dtype=dtype), labels, augmentation=augmentation)
+    made.images, made._norms = images(n, dtype), made._norms.to("meta")
+    return made
+
+
+def launches(step):
+    with Launches() as launched:
+        step()
+    return launched.count
+
+
+@pytest.mark.parametrize("process", [EDM(), VE(), VP(), FlowMatching()], ids=lambda process: type(process).__name__)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+def test_batch_of_4096(process, dtype):
+    objective, reference = STFTrainingObjective(process), images(4096, dtype)
+    assert launches(lambda: objective.perturb(reference[:64], reference=reference)) <= 150
+
+
+def test_batch_with_classes():
+    objective, reference = STFTrainingObjective(EDM()), images(4096)
+    labels = torch.empty(4096, dtype=torch.int64, device="meta")
+    more = {"reference_labels": labels, "labels": labels[:64], "num_unconditional": 2048}
+    assert launches(lambda: objective.perturb(reference[:64], reference=reference, **more)) <= 150
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("augmentation", ["none", "horizontal_flip"])
+def test_bank_of_50000(dtype, augmentation):
+    """60 for each chunk of 2^24 elements, beside what a step without references launches."""
+    objective, references = STFTrainingObjective(EDM()), bank(50_000, dtype, augmentation=augmentation)
+    source = images(64, dtype)
+    alone = launches(lambda: objective.perturb(source))
+    chunks = -(-50_000 * 3072 // 2**24)
+    assert launches(lambda: objective.perturb(source, reference=references)) - alone <= 60 * chunks
+
+
+def test_subset_of_a_bank():
+    """Drawn on the CPU, as are the positions of the sources."""
+    references, noisy = bank(50_000), images(64, torch.float32)
+    index, level = torch.arange(64), torch.empty(64, device="meta")
+    step = lambda: references.posterior_mean(noisy, 1.0, level, source_index=index, subset_size=4096)  # noqa: E731
+    assert launches(step) <= 100
+
+
+def test_loss_and_target():
+    objective, reference = STFTrainingObjective(EDM()), images(256)
+    batch = objective.perturb(reference[:64], reference=reference)
+    assert launches(lambda: objective.loss(batch.target, batch)) <= 10
+    step = lambda: objective.target(reference[:64], batch.noise, batch.t, reference=reference)  # noqa: E731
+    assert launches(step) <= 150
+
+
+def test_turned_images():
+    turns = torch.empty(64, dtype=torch.int64, device="meta")
+    orient(images(64), turns)  # its table is made once
+    assert launches(lambda: orient(images(64), turns)) <= 4
+
+
+def test_a_wait_would_be_seen():
+    with pytest.raises(RuntimeError, match="meta"):
+        images(1).float().sum().item()
+
+
+def test_norms_in_few_launches_are_those_of_the_cpu():
+    levels = torch.randint(-128, 128, (50, 1000), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    levels[0], levels[1] = -128, 127
+    assert level_norms(levels).equal(squared_norms(levels))
+    assert level_norms(levels)[0] == 1000 * (128**2 - 128)
