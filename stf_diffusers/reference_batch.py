@@ -151,13 +151,13 @@ class ReferenceBatchSampler(Sampler[list[int]]):
         # The next iteration is the next epoch, also for a loop that never calls set_epoch.
         self.set_epoch(epoch + 1, start=0)
         generator = torch.Generator("cpu").manual_seed(random.Random(f"{self.seed}/{epoch}").getrandbits(63))
-        order = torch.randperm(self.num_examples, generator=generator, device="cpu").tolist()
+        order = torch.randperm(self.num_examples, generator=generator, device="cpu")
         for batch in range(start, len(self)):
             index = batch * self.num_processes + self.process_index
-            sources = order[index * self.num_sources : (index + 1) * self.num_sources]
+            sources = order[index * self.num_sources : (index + 1) * self.num_sources].tolist()
             if self.share_references:
                 step = self.num_sources * self.num_processes
-                everyones = order[batch * step : (batch + 1) * step]
+                everyones = order[batch * step : (batch + 1) * step].tolist()
                 others = self._others(everyones, random.Random(f"{self.seed}/{epoch}/{batch}"))
                 yield sources + others[self.process_index :: self.num_processes]
             else:
