@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+
+# How long processes wait for each other: the first one downloads, decodes, encodes and writes banks while the others wait,
+# for hours where data are large. PyTorch's own ten minutes would end such a run before its first step.
+PATIENCE = timedelta(hours=12)
 
 
 def make_accelerator(
@@ -49,6 +54,7 @@ def make_accelerator(
         project_dir=None if project_dir is None else str(project_dir),
         # The schedule counts optimizer steps and is stepped once for each, whatever the number of processes.
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     check_mode(accelerator.distributed_type, accelerator.device)
     check_number_of_processes(accelerator.num_processes)
