@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from ..files import replacing
 from ..objective import PerturbedBatch
 from ..plotting import plot_training_levels
 from ..posterior import pixels_to_float
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -288,8 +285,8 @@ class TargetShare:
             logger.info("Targets take %.4f of the %.4f seconds of a step.", self._targets / 3, step)
 
 
-def save_figure(make: Callable[[], Figure], path: Path) -> bool:
-    """Draw a figure into a PNG file; whether matplotlib is installed."""
+def save_figure(make: Callable[[], Any], path: Path) -> bool:
+    """Draw a figure, as a function of `plotting` makes it, into a PNG file; whether matplotlib is installed."""
     try:
         figure = make()
     except ImportError:
