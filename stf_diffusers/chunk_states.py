@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .integer_products import FULL_SCALE, TERMS, cpu_multiplies_int8, digits_of, integer_product
 
-Arithmetic = Literal["int8", "float64"]
+Arithmetic = Literal["int8", "float32", "float64"]
 
 
 class PosteriorMean(NamedTuple):
@@ -95,7 +95,7 @@ def choose_arithmetic(device_type: str, dtype: torch.dtype, dimension: int) -> A
     fits = dtype == torch.uint8 and dimension in TERMS
     if device_type == "cpu" and fits and cpu_multiplies_int8():
         return "int8"
-    return "float64"
+    return "float32" if device_type == "cpu" and dtype != torch.float64 else "float64"
 
 
 # Logits this far below the largest add less than 2^-64 of the sum each.
@@ -103,6 +103,41 @@ _NEGLIGIBLE = -64 * math.log(2)
 
 # Rows with at most this many references that matter are summed one by one.
 _FEW = 16
+
+# Rounding errors of a float32 logit are counted in units of |x_t| |x_i| / sigma^2 times this. Measured for images, white noise
+# and constants of 3 to 50,000 values: at most 2.5 units, and 8 where x_t and x_i are nearly parallel.
+_UNIT, _ERRORS, _OF_PARALLELS = 2.0**-24, 2.5, 6.0
+
+# With errors of at most this size float32 logits are used as they are: two groups of duplicates that are as far apart as
+# images can be, whose errors do not average, still have their mean to 1e-5.
+_SMALL = 2e-5
+
+# References of a float32 sum: of 30,000 like terms, one after the other, digits get lost.
+_BLOCK = 256
+
+
+def level_sums(levels: Tensor) -> Tensor:
+    """(n,) float64, the exact sum of v^2 + v of 8-bit levels (n, D), as int8 or in float32."""
+    sums = []
+    for block in levels.split(max(1, 2**19 // max(levels.shape[1], 1))):  # 2 MiB in float32
+        values = block.to(torch.float32)
+        # 512 terms of at most 2^14 each are summed exactly in float32.
+        parts = [part.sum(1) for part in values.split(512, dim=1)]
+        parts += [part.sum(1) for part in values.square().split(512, dim=1)]
+        sums.append(torch.stack(parts).to(torch.float64).sum(0))
+    return torch.cat(sums)
+
+
+def level_norms(levels: Tensor) -> Tensor:
+    """`squared_norms` of int8 levels (n, D) in few launches, where a CPU's cache does not matter."""
+    wide = levels.to(torch.int16)
+    return (wide * (wide + 1)).sum(1, dtype=torch.int64).to(torch.float64)
+
+
+def rounded_norms(values: Tensor, levels: bool) -> Tensor:
+    """`squared_norms` of float32 references (n, D), or of levels in float32, as accurate as float32 sums."""
+    norms = torch.linalg.vector_norm(values, dim=1).to(torch.float64).square_()
+    return norms.add_(values.sum(1)) if levels else norms
 
 
 class Queries:
@@ -113,27 +148,62 @@ class Queries:
     product errs by up to 8e-3 in the mean when references lie within a few sigma of each other.
     """
 
-    def __init__(self, noisy: Tensor, alpha: Tensor, sigma: Tensor, levels: bool, arithmetic: Arithmetic) -> None:
-        self.arithmetic, self.levels = arithmetic, levels
+    def __init__(
+        self,
+        noisy: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        levels: bool,
+        arithmetic: Arithmetic,
+        norms_are_exact: bool = True,
+    ) -> None:
+        self.arithmetic, self.levels, self.norms_are_exact = arithmetic, levels, norms_are_exact
+        self._room: Tensor | None = None
         step = 1 / 127.5 if levels else 1.0
         self.query = noisy.to(torch.float64) * alpha[:, None]
         self.inverse_variance = step / sigma**2
         self.half_scale = (alpha * step / sigma) ** 2 / 2
+        self.levels_scale = self.inverse_variance
+        if arithmetic == "float32":
+            self.rounded = self.query.to(torch.float32)
+            length = torch.linalg.vector_norm(self.query, dim=1)
+            self.unit = _UNIT * length * self.inverse_variance
+            self.parallel = (alpha**2 * step / length).nan_to_num(torch.inf)
         if arithmetic == "int8":
             scale = self.query.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny) / FULL_SCALE
             self.query_digits = digits_of((self.query / scale[:, None]).round().to(torch.int64))
-            self.levels_scale = self.inverse_variance
             self.inverse_variance = self.inverse_variance * scale
 
-    def exact(self, images: Tensor) -> Tensor:
-        """A chunk (c, D) as the two products want it: int8 levels as they are, anything else in float64."""
-        return images if self.arithmetic == "int8" else images.to(torch.float64)
-
     def logits(self, images: Tensor, norms: Tensor) -> Tensor:
-        """(B, c) float64, of references (c, D) from `exact`."""
+        """(B, c) float64, of references (c, D): int8 levels, or float64."""
         exactly = self.arithmetic == "int8"
         product = integer_product(self.query_digits, images.T) if exactly else self.query @ images.T
         return product * self.inverse_variance[:, None] - self.half_scale[:, None] * norms
+
+    def _exact_logits(self, rows: Tensor, images: Tensor, norms: Tensor) -> Tensor:
+        """Those of some rows (b,) over references (c, D) in float32, in float64."""
+        if self._room is None or len(self._room) < len(images):
+            self._room = images.new_empty(images.shape, dtype=torch.float64)
+        exact = self._room[: len(images)].copy_(images)  # new memory for each chunk would take longer than the product
+        logits = (self.query[rows] @ exact.T).mul_(self.inverse_variance[rows, None])
+        return logits.sub_(self.half_scale[rows, None] * self._exact_norms(images, exact, norms))
+
+    def _exact_norms(self, images: Tensor, exact: Tensor, norms: Tensor) -> Tensor:
+        """Of references (c, D) in float32 and in float64, whose `norms` (c,) may be rounded; NaN where they are."""
+        if self.norms_are_exact:
+            return norms
+        if self.levels:
+            return level_sums(images)
+        return torch.linalg.vector_norm(exact, dim=1).square_().masked_fill_(norms.isnan(), torch.nan)
+
+    def _largest(self, images: Tensor, norms: Tensor) -> Tensor:
+        """A bound of the references' norms |x_i|, in the units of `images`; those that are not finite do not count."""
+        finite = norms.nan_to_num(0, 0, 0).amax()
+        if not self.levels:
+            return finite.sqrt()
+        # |v + 1/2|^2 is the sum of v^2 + v and of 1/4.
+        quarter = images.shape[1] / 4
+        return (finite + quarter).sqrt() + math.sqrt(quarter)
 
     def state(self, logits: Tensor, images: Tensor) -> PosteriorState:
         """The state of references (c, D) with the given logits (B, c)."""
@@ -143,36 +213,66 @@ class Queries:
         return PosteriorState(maximum, normalizer, weights.square_().sum(1), total)
 
     def sparse_states(
-        self, logits: Tensor, images: Tensor, norms: Tensor, floor: Tensor
+        self, images: Tensor, norms: Tensor, mask: Tensor | None, floor: Tensor
     ) -> list[tuple[Tensor, PosteriorState]]:
-        """The rows (b,) for which some of these references matter, and the states of those rows, in at most two parts.
+        """The rows (b,) for which some of these references matter, and the states of those rows, in at most three parts.
 
         References that add less than 2^-64 of the sum, `floor` (B,) being the largest logit so far, are left out; of
-        rows with a few others only those are read. Finding them waits for the device: for CPUs.
+        rows with a few others only those are read. Float32 logits find them with room for their errors (the
+        probabilistic bound of Higham & Mary 2019, sqrt(D) units, and 8), and are computed again in float64 unless the errors are
+        small. Finding them waits for the device: for CPUs.
+
+        Args:
+            images: a chunk of references (c, D): int8 levels, float64, or for the arithmetic of that name float32.
+            norms: (c,) their `squared_norms`, or for float32 `rounded_norms`.
+            mask: (B, c) bool, which references each row may use.
+            floor: (B,).
         """
+        size = unit = torch.zeros_like(floor)
+        if self.arithmetic == "float32":
+            largest = self._largest(images, norms)
+            unit = self.unit * largest
+            size = unit * (_ERRORS + _OF_PARALLELS * (self.parallel * largest).clamp(max=1))
+            logits = (self.rounded @ images.T).to(torch.float64).mul_(self.inverse_variance[:, None])
+            logits.sub_(self.half_scale[:, None] * norms)
+        else:
+            logits = self.logits(images, norms)
+        if mask is not None:
+            logits.masked_fill_(~mask, -torch.inf)
+        small = size <= _SMALL
+        slack = (2 * (8 + math.sqrt(images.shape[1])) * unit).masked_fill(small, 0)
         maximum = logits.amax(1)
-        used = logits >= (torch.maximum(maximum, floor) + _NEGLIGIBLE)[:, None]
+        used = logits >= (torch.maximum(maximum, floor) + _NEGLIGIBLE - slack)[:, None]
         used &= ~maximum.isneginf()[:, None]
         used |= maximum.isnan()[:, None]
         counts = used.sum(1)
-        many, few = ((counts > _FEW).nonzero().flatten(), ((counts > 0) & (counts <= _FEW)).nonzero().flatten())
+        few = (counts > 0) & (counts <= _FEW)
+        many = counts > _FEW
+        exactly = many & ~small
+        # One by one is slower for each, and faster while they are few in all: only they are converted to float64.
+        if int(counts[exactly].sum()) <= len(images) // 4:
+            few, many, exactly = few | exactly, many & small, exactly & small
         found = []
-        if len(many):
-            found.append((many, self.state(logits[many].masked_fill_(~used[many], -torch.inf), images)))
-        if len(few):
-            found.append((few, self._few_state(few, logits[few], used[few], images, norms)))
+        for chosen in (many & ~exactly, exactly):
+            if len(rows := chosen.nonzero().flatten()):
+                values = self._exact_logits(rows, images, norms) if chosen is exactly else logits[rows]
+                found.append((rows, self.state(values.masked_fill_(~used[rows], -torch.inf), images)))
+        if len(rows := few.nonzero().flatten()):
+            found.append((rows, self._few_state(rows, logits[rows], used[rows], images, norms)))
         return found
 
     def _few_state(self, rows: Tensor, logits: Tensor, used: Tensor, images: Tensor, norms: Tensor) -> PosteriorState:
         """The state of some rows (b,) over the references that each uses of (b, c), one by one."""
         row, column = used.nonzero().unbind(1)
-        chosen = images[column].to(torch.float64)
+        few = images[column]
+        chosen = few.to(torch.float64)
         values = logits[row, column]
-        if self.arithmetic == "int8":
+        if self.arithmetic != "float64":
             # Two references far from each other and as far from the query are told apart by its last bits alone.
-            which = rows[row]
+            which, known = rows[row], norms[column]
             product = (self.query[which] * chosen).sum(1) * self.levels_scale[which]
-            values = product - self.half_scale[which] * norms[column]
+            known = self._exact_norms(few, chosen, known) if self.arithmetic == "float32" else known
+            values = product - self.half_scale[which] * known
         logits = torch.full_like(logits, -torch.inf).index_put_((row, column), values)
         maximum = logits.amax(1)
         weights = (logits - maximum[:, None]).exp_()
@@ -182,8 +282,13 @@ class Queries:
 
     def _weighted_sum(self, weights: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the references (c, D) under weights (B, c) in [0, 1], and the sum of those weights."""
-        if self.arithmetic != "int8":
+        if self.arithmetic == "float64":
             return weights @ images, weights.sum(1)
+        if self.arithmetic == "float32":
+            total = torch.zeros(len(weights), images.shape[1], dtype=torch.float64, device=weights.device)
+            for part, block in zip(weights.to(torch.float32).split(_BLOCK, 1), images.split(_BLOCK), strict=True):
+                total.add_(part @ block)
+            return total, weights.sum(1)
         rounded = (weights * FULL_SCALE).round().to(torch.int64)
         total = integer_product(digits_of(rounded), images).div_(FULL_SCALE)
         return total, rounded.sum(1).to(torch.float64) / FULL_SCALE

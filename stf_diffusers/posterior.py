@@ -20,7 +20,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .chunk_states import Arithmetic, PosteriorMean, PosteriorState, Queries, choose_arithmetic
+from .chunk_states import (
+    Arithmetic,
+    PosteriorMean,
+    PosteriorState,
+    Queries,
+    choose_arithmetic,
+    level_norms,
+    level_sums,
+    rounded_norms,
+)
 from .integer_products import TERMS, centred_levels
 
 # Elements of a chunk of references. A CPU is fastest where the float64 chunk (16 MiB), or the bytes, stay in its cache;
@@ -150,20 +159,7 @@ def squared_norms(images: Tensor) -> Tensor:
         return torch.linalg.vector_norm(images, dim=1, dtype=torch.float64).square()
     if images.device.type != "cpu":
         return level_norms(images)
-    norms = []
-    for block in images.split(max(1, 2**19 // max(images.shape[1], 1))):  # 2 MiB in float32
-        values = block.to(torch.float32)
-        # 512 terms of at most 2^14 each are summed exactly in float32.
-        parts = [part.sum(1) for part in values.split(512, dim=1)]
-        parts += [part.sum(1) for part in values.square_().split(512, dim=1)]
-        norms.append(torch.stack(parts).to(torch.float64).sum(0))
-    return torch.cat(norms)
-
-
-def level_norms(levels: Tensor) -> Tensor:
-    """`squared_norms` of int8 levels (n, D) in few launches, where a CPU's cache does not matter."""
-    wide = levels.to(torch.int16)
-    return (wide * (wide + 1)).sum(1, dtype=torch.int64).to(torch.float64)
+    return level_sums(images)
 
 
 def levels_or_floats(images: Tensor) -> Tensor:
@@ -209,8 +205,11 @@ def posterior_state(
         chunk_size = max(1, min(per_chunk // max(dimension, batch_size, 1), _MAX_INT8_CHUNK))
     # Chunks of one size, so that the last is not a sliver.
     chunk_size = math.ceil(len(rows) / max(1, math.ceil(len(rows) / chunk_size))) or 1
-    with without_autocast(noisy.device.type):
-        queries = Queries(noisy, alpha, sigma, reference.dtype == torch.uint8, arithmetic)
+    levels, rounded = reference.dtype == torch.uint8, arithmetic == "float32"
+    # Only float32 products depend on the settings of the process.
+    settings = full_precision if rounded else without_autocast
+    with settings(noisy.device.type):
+        queries = Queries(noisy, alpha, sigma, levels, arithmetic, norms is not None or not rounded)
         empty = torch.zeros(batch_size, dtype=torch.float64, device=noisy.device)
         total = torch.zeros(batch_size, dimension, dtype=torch.float64, device=noisy.device)
         state = PosteriorState(torch.full_like(empty, -torch.inf), empty, empty, total)
@@ -218,21 +217,28 @@ def posterior_state(
             chunk = slice(start, min(start + chunk_size, rows.stop))
             images = reference[chunk].to(noisy.device, non_blocking=True).flatten(1)
             images = levels_or_floats(images)
-            known = squared_norms(images) if norms is None else norms[chunk].to(noisy.device)
-            if norms is None and images.dtype != torch.int8:
+            if rounded:
+                images = images.to(torch.float32).contiguous()
+            if norms is not None:
+                known = norms[chunk].to(noisy.device)
+            else:
+                known = rounded_norms(images, levels) if rounded else squared_norms(images)
+            if norms is None and not levels:
                 # NaN for the rows that use such a reference, and nothing for the others: 0 times infinity is NaN too.
                 unusable = ~known.isfinite()
                 # Elsewhere than on the CPU asking whether there are any would wait for the device.
                 if noisy.device.type != "cpu" or bool(unusable.any()):
                     images, known = images.masked_fill(unusable[:, None], 0), known.masked_fill(unusable, torch.nan)
-            images = queries.exact(images)
-            logits = queries.logits(images, known)
-            if mask is not None:
-                logits = logits.masked_fill_(~mask[:, chunk].to(noisy.device), -torch.inf)
+            if arithmetic == "float64":
+                images = images.to(torch.float64)
+            usable = None if mask is None else mask[:, chunk].to(noisy.device)
             if noisy.device.type == "cpu":
-                for rows_used, part in queries.sparse_states(logits, images, known, state.maximum):
+                for rows_used, part in queries.sparse_states(images, known, usable, state.maximum):
                     state = state.merge_rows(rows_used, part)
             else:
+                logits = queries.logits(images, known)
+                if usable is not None:
+                    logits = logits.masked_fill_(~usable, -torch.inf)
                 part = queries.state(logits, images)
                 state = part if start == rows.start else state.merge(part)
     return state
@@ -300,11 +306,16 @@ def coefficient_rows(alpha: Tensor | float, sigma: Tensor | float, noisy: Tensor
     return rows[0], rows[1]
 
 
-def _check_arithmetic(arithmetic: str | None, dtype: torch.dtype, dimension: int) -> None:
-    if arithmetic not in (None, "int8", "float64"):
-        raise ValueError(f"arithmetic must be 'int8', 'float64' or None; got {arithmetic!r}.")
+def _check_arithmetic(arithmetic: str | None, dtype: torch.dtype, dimension: int, device_type: str) -> None:
+    if arithmetic not in (None, "int8", "float32", "float64"):
+        raise ValueError(f"arithmetic must be 'int8', 'float32', 'float64' or None; got {arithmetic!r}.")
     if arithmetic == "int8" and dtype != torch.uint8:
         raise TypeError(f"arithmetic='int8' is for uint8 references; got {dtype}. Leave it out.")
+    if arithmetic == "float32" and (device_type != "cpu" or dtype == torch.float64):
+        raise ValueError(
+            f"arithmetic='float32' is for CPUs, and for references that are not float64; got {dtype} and noisy images on "
+            f"{device_type}. Leave it out."
+        )
     if arithmetic == "int8" and dimension not in TERMS:
         raise ValueError(
             f"arithmetic='int8' takes images of {TERMS.start} to {TERMS.stop - 1} values; got {dimension}. Leave it out."
@@ -344,9 +355,10 @@ def posterior_mean(
         mask: (B, n) bool, which references a row may use. Default: all.
         chunk_size: references handled at a time. Default: few enough that a chunk's temporaries stay under about 200 MiB;
             those of the batch are up to 50 bytes for each of its values.
-        arithmetic: how the two products are computed: "float64"; or "int8", for uint8 references: exact
-            products of 32-bit queries and weights, split into 8-bit digits, with the pixels. Default: "int8" on CPUs
-            that have fast instructions for it, else "float64".
+        arithmetic: how the two products are computed. "float64"; "int8", for uint8 references: exact products of 32-bit
+            queries and weights, split into 8-bit digits, with the pixels; "float32", on CPUs: float32 products, and in
+            float64 what their errors could decide. Default: "int8" on CPUs that have fast instructions for it, "float32" on
+            others and for floating point references that are not float64, else "float64".
 
     Returns:
         mean (B, ...) in float32 (float64 when `noisy` and `reference` both are), and effective_sample_size (B,),
@@ -377,7 +389,7 @@ def posterior_mean(
         raise ValueError(f"chunk_size must be at least 1; got {chunk_size}. Leave it out to have it chosen.")
     if reference.dtype != torch.uint8:
         pixels_to_float(reference[:0])
-    _check_arithmetic(arithmetic, reference.dtype, noisy[0].numel())
+    _check_arithmetic(arithmetic, reference.dtype, noisy[0].numel(), noisy.device.type)
     alpha, sigma = coefficient_rows(alpha, sigma, noisy)
     if mask is not None and noisy.device.type == "cpu" and not bool(mask.any(1).all()):
         rows = (~mask.any(1)).nonzero().flatten().tolist()

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stf_diffusers import EDM, VE, VP, FlowMatching, ReferenceBank, STFTrainingObjective
-from stf_diffusers.posterior import level_norms, squared_norms
+from stf_diffusers.chunk_states import level_norms
+from stf_diffusers.posterior import squared_norms
 from stf_diffusers.reference_set import ReferenceBatch
 from stf_diffusers.training.conditioning import orient
 

@@ -69,7 +69,7 @@ def smooth():
     return ((coarse + 1) * 127.5).to(torch.uint8)
 
 
-@pytest.mark.parametrize("arithmetic", ["int8", "float64"])
+@pytest.mark.parametrize("arithmetic", ["int8", "float32", "float64"])
 @pytest.mark.parametrize("data", [smooth, cifar10])
 def test_planted_duplicates(data, arithmetic):
     """1e-5 from sigma 0.002 to 80 with 160 exact and near copies of 4 sources, 40 each: more than any fixed top-k.
@@ -191,7 +191,12 @@ ERRORS = {
         ValueError,
         r"no reference for rows \[2\]; every row may at least use its own source",
     ),
-    "arithmetic": (dict(arithmetic="float32"), ValueError, "arithmetic must be 'int8', 'float64' or None"),
+    "arithmetic": (dict(arithmetic="float16"), ValueError, "arithmetic must be 'int8', 'float32', 'float64' or None"),
+    "float32 of doubles": (
+        dict(noisy=torch.zeros(2, 1), reference=torch.zeros(3, 1, dtype=torch.float64), arithmetic="float32"),
+        ValueError,
+        "for references that are not float64",
+    ),
     "int8 of floats": (dict(arithmetic="int8"), TypeError, "uint8 references; got torch.float32. Leave it out"),
     "int8 of one value": (
         dict(noisy=torch.zeros(2, 1), reference=torch.zeros(3, 1, dtype=torch.uint8), arithmetic="int8"),
