@@ -135,7 +135,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and a mistyped flag do not wait for the imports below, which take seconds
 
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
@@ -163,7 +163,7 @@ from stf_diffusers.training.network import choose_network, pretrained_metadata
 from stf_diffusers.training.noise_process import choose_process
 from stf_diffusers.training.optimizer import allow_tf32, make_optimizer
 from stf_diffusers.training.pipeline_saver import PipelineSaver
-from stf_diffusers.training.references import choose_references
+from stf_diffusers.training.references import choose_references, reference_memory
 from stf_diffusers.training.run_lock import RunLock
 from stf_diffusers.training.sampling import seed_for, seeded_generator
 from stf_diffusers.training.stop_signal import REQUEUE_EXIT_CODE, StopSignal, stop_with_launcher
@@ -239,7 +239,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         given = {name: getattr(args, name) for name in ("sigma_data", "sigma_min", "sigma_max", "p_mean", "p_std")}
         given = {name: value for name, value in given.items() if value is not None}
-        begun_on = run_folder.run_of(resume).get("process", {})
+        begun = run_folder.run_of(resume)
+        begun_on = begun.get("process", {})
         if "sigma_data" in begun_on:  # where not, the checkpoint is of another process, and is refused below
             given.setdefault("sigma_data", begun_on["sigma_data"])
         process, sampling_range = choose_process(
@@ -273,12 +274,15 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- references
         bank_file = output_dir / run_folder.BANK_FILE
+        asked = flags.references_of_run(args, begun)
+        # The main process's: what is free differs, and all must choose alike.
+        memory_gb = args.reference_memory_gb or broadcast_object_list([reference_memory(device, num_processes)])[0]
         with accelerator.main_process_first():
             if args.overwrite_output_dir and args.reference_device == "disk" and accelerator.is_main_process:
                 bank_file.unlink(missing_ok=True)
             references = choose_references(
-                images, args.train_batch_size, objective="dsm" if args.objective == "ect" else "stf", reference=args.reference,
-                reference_batch_size=args.reference_batch_size, reference_memory_gb=args.reference_memory_gb,
+                images, args.train_batch_size, objective="dsm" if args.objective == "ect" else "stf", **asked,
+                reference_memory_gb=memory_gb,
                 reference_device=args.reference_device, share_reference=args.share_reference, bank_file=bank_file,
                 augmentation="horizontal_flip" if args.random_flip else "none", device=device, seed=args.seed, quiet=quiet, **places,
             )  # fmt: skip

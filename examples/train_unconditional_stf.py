@@ -180,7 +180,7 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
 if __name__ == "__main__":
     parse_args()  # --help and a mistyped flag do not wait for the imports below, which take seconds
 
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
@@ -218,7 +218,7 @@ from stf_diffusers.training.noise_process import (
 )
 from stf_diffusers.training.optimizer import allow_tf32, make_optimizer
 from stf_diffusers.training.pipeline_saver import PipelineSaver
-from stf_diffusers.training.references import choose_references
+from stf_diffusers.training.references import choose_references, reference_memory
 from stf_diffusers.training.run_lock import RunLock
 from stf_diffusers.training.sampling import seed_for, seeded_generator
 from stf_diffusers.training.sources import TrainingImages
@@ -362,12 +362,14 @@ def main(argv: list[str] | None = None) -> None:
         # ---- references
         flips = args.random_flip and vae is None  # latents are read flipped
         bank_file = output_dir / run_folder.BANK_FILE
+        asked = flags.references_of_run(args, begun)
+        # The main process's: what is free differs, and all must choose alike.
+        memory_gb = args.reference_memory_gb or broadcast_object_list([reference_memory(device, num_processes)])[0]
         with accelerator.main_process_first():
             if args.overwrite_output_dir and args.reference_device == "disk" and accelerator.is_main_process:
                 bank_file.unlink(missing_ok=True)
             references = choose_references(
-                images, args.train_batch_size, objective=args.objective, reference=args.reference,
-                reference_batch_size=args.reference_batch_size, reference_memory_gb=args.reference_memory_gb,
+                images, args.train_batch_size, objective=args.objective, reference_memory_gb=memory_gb, **asked,
                 reference_device=args.reference_device, share_reference=args.share_reference, bank_file=bank_file,
                 augmentation="horizontal_flip" if flips else "none", device=device, seed=args.seed, quiet=quiet, **places,
             )  # fmt: skip

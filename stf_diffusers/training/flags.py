@@ -168,14 +168,28 @@ def add_reference_flags(method: argparse._ArgumentGroup) -> None:
     method.add_argument("--reference_batch_size", type=count,
         help="Number of references per target, the batch itself included; per process, or of all processes together "
              "with --share_reference. Default: 4096, or all images if there are fewer.")
-    method.add_argument("--reference_memory_gb", type=positive, default=2.0,
-        help="Largest bank, in GiB, that is chosen by default.")
+    method.add_argument("--reference_memory_gb", type=positive,
+        help="Largest bank, in GiB, that is chosen by default. Default: a quarter of the memory that is free.")
     method.add_argument("--reference_device", choices=["cuda", "cpu", "disk"],
         help="Where the bank is kept: on the GPU, in pinned memory, or, for data larger than memory, in a file in "
              "output_dir. Default: the training device.")
     method.add_argument("--share_reference", action="store_true",
         help="Spread the references over the processes: each holds a part of the bank, or of a common reference "
              "batch.")
+
+
+def references_of_run(args: argparse.Namespace, begun: Mapping[str, Any]) -> dict[str, Any]:
+    """Which references were asked for, or else those of the run that is resumed: what is free may have changed since.
+
+    Args:
+        args: the flags.
+        begun: "run" of the checkpoint's manifest; {} for a new run.
+    """
+    kind, n = args.reference, args.reference_batch_size
+    if kind is None and n is None and begun.get("reference") in ("batch", "bank"):
+        kind = begun["reference"]
+        n = begun.get("reference_batch_size") if kind == "batch" else None
+    return {"reference": kind, "reference_batch_size": n}
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -72,6 +73,23 @@ class References:
         return f"n = {self.n:,} references, {where}{size}"
 
 
+# Share of what is free that a bank may take where nobody says how much.
+_SHARE = 0.25
+
+
+def reference_memory(device: torch.device | str, num_processes: int = 1) -> float:
+    """GiB for a bank that nobody asked for: a quarter of what is free on a GPU, or of a CPU's available memory for each process.
+
+    Args:
+        device: where the bank would be.
+        num_processes: number of processes that share a CPU's memory.
+    """
+    place = torch.device(device)
+    if place.type == "cuda":
+        return torch.cuda.mem_get_info(place)[0] * _SHARE / 2**30
+    return psutil.virtual_memory().available * _SHARE / num_processes / 2**30
+
+
 def choose_references(
     images: TrainingImages,
     batch_size: int,
@@ -79,7 +97,7 @@ def choose_references(
     objective: Literal["stf", "dsm"] = "stf",
     reference: Literal["batch", "bank"] | None = None,
     reference_batch_size: int | None = None,
-    reference_memory_gb: float = 2.0,
+    reference_memory_gb: float | None = None,
     reference_device: Literal["cuda", "cpu", "disk"] | None = None,
     share_reference: bool = False,
     augmentation: Augmentation = "none",
@@ -99,7 +117,7 @@ def choose_references(
         reference: "batch": read with each batch; "bank": all images. None: a bank where the images in memory fit into
             `reference_memory_gb` and no `reference_batch_size` is given.
         reference_batch_size: n of batches, of one process or, shared, of all. None: 4,096, or all images.
-        reference_memory_gb: GiB for a bank that was not asked for.
+        reference_memory_gb: GiB for a bank that was not asked for, the same on all processes. None: `reference_memory`.
         reference_device: where a bank is kept; "disk": in `bank_file`. None: on `device`.
         share_reference: spread the references over the processes.
         augmentation: augmentation under which a bank is closed.
@@ -125,8 +143,9 @@ def choose_references(
         )
     kind = "none"
     if objective == "stf":
-        fits = images.in_memory is not None and images.in_memory.nbytes / parts <= reference_memory_gb * 2**30
-        kind = reference or ("batch" if reference_batch_size or not fits else "bank")
+        kind = reference or (
+            "batch" if reference_batch_size else _kind_that_fits(images, parts, device, reference_memory_gb)
+        )
     if kind != "none" and images.labels is not None:
         _warn_of_single_images(images.labels)
     if kind == "batch":
@@ -151,6 +170,23 @@ def choose_references(
     )
     where = {"disk": "in a file", "cpu": "in memory", "cuda": "of GPU memory"}[place]
     return References("bank", bank.num_references, sampler, bank, shared, where)
+
+
+def _kind_that_fits(
+    images: TrainingImages, parts: int, device: torch.device | str, reference_memory_gb: float | None
+) -> Literal["batch", "bank"]:
+    """A bank where it fits, else batches; said with the reason."""
+    if images.in_memory is None:
+        logger.info("References are read with each batch: the images are not in memory, decoded and always the same.")
+        return "batch"
+    allowed = reference_memory(device, parts) if reference_memory_gb is None else reference_memory_gb
+    needed = images.in_memory.nbytes / parts / 2**30
+    where = f"{needed:.3g} GiB on {torch.device(device).type}, and {allowed:.3g} GiB are allowed"
+    if needed > allowed:
+        logger.info("References are read with each batch: a bank of all images would take %s.", where)
+        return "batch"
+    logger.info("References are a bank of all images: it takes %s.", where)
+    return "bank"
 
 
 def _warn_of_single_images(labels: Tensor) -> None:

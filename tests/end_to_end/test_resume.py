@@ -229,3 +229,15 @@ def test_a_checkpoint_with_a_trap_is_not_sprung(file, checkpoint, flags, tmp_pat
     assert not (tmp_path / "sprung").exists()
     torch.load(checkpoint / file, weights_only=False)
     assert (tmp_path / "sprung").exists(), "the trap works where it is loaded as a pickle"
+
+
+def test_references_stay_those_of_the_run(flags, tmp_path, caplog):
+    """Where they were chosen by the memory that was free; asked for otherwise they are refused, as before."""
+    caplog.set_level("INFO")
+    begun = ["--max_train_steps", 2, "--reference_memory_gb", 1e-9]
+    train(flags(*begun))
+    caplog.clear()
+    train(flags("--max_train_steps", 3, "--resume_from_checkpoint", "latest"))
+    assert "read with each batch" in caplog.text and "Resumed after step" in caplog.text
+    with pytest.raises(ValueError, match="reference"):
+        train(flags("--max_train_steps", 4, "--resume_from_checkpoint", "latest", "--reference", "bank"))

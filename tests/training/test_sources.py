@@ -1,16 +1,18 @@
 """Batches from a position, and the references that go with them."""
 
 import itertools
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
 from stf_diffusers import ReferenceBatchSampler
 from stf_diffusers.training.image_data import open_images
-from stf_diffusers.training.references import choose_references
+from stf_diffusers.training.references import choose_references, reference_memory
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,19 @@ def test_entered_anywhere(position, num_workers, images):
     for here, there in zip(whole[position:], entered, strict=False):
         assert here.keys() == there.keys() and here.pop("num_unconditional") == there.pop("num_unconditional")
         assert all(torch.equal(here[key], there[key]) for key in here)
+
+
+def test_a_quarter_of_what_is_free(images, monkeypatch, caplog):
+    """On a CPU that its processes share; said with the reason."""
+    caplog.set_level("INFO")
+    free = psutil.virtual_memory().available / 2**30
+    assert 0.1 * free < reference_memory("cpu") < 0.5 * free
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * 47))
+    assert choose_references(images, 4).kind == "batch"
+    assert "would take 4.47e-08 GiB on cpu, and 4.38e-08 GiB are allowed" in caplog.text
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * 48))
+    assert choose_references(images, 4).kind == "bank" and "it takes 4.47e-08 GiB" in caplog.text
+    assert reference_memory("cpu", 2) == 24 / 2**30
 
 
 def test_the_references_that_are_chosen(images, tmp_path):
