@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         model, optimizer, lr_scheduler = accelerator.prepare(network, optimizer, lr_scheduler)
         if args.compile:
-            model.compile()
+            network.compile()
         ema = None
         if args.use_ema:
             ema = ExponentialAverage(
