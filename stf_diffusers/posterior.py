@@ -57,7 +57,7 @@ class ReferenceRows(Protocol):
 def take_rows(reference: ReferenceRows, rows: Tensor) -> Tensor:
     """The rows (k,), in that order."""
     if isinstance(reference, Tensor):
-        return reference[rows.to(reference.device)]
+        return reference.index_select(0, rows.to(reference.device))
     return torch.cat([reference[slice(row, row + 1)] for row in rows.tolist()])
 
 
