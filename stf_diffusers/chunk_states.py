@@ -10,7 +10,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .integer_products import FULL_SCALE, TERMS, cpu_multiplies_int8, digits_of, integer_product
+from .integer_products import (
+    FULL_SCALE,
+    TERMS,
+    cpu_multiplies_int8,
+    digits_of,
+    integer_product,
+    integer_product_by_float32,
+)
 
 Arithmetic = Literal["int8", "float32", "float64"]
 
@@ -112,6 +119,9 @@ _UNIT, _ERRORS, _OF_PARALLELS = 2.0**-24, 2.5, 6.0
 # images can be, whose errors do not average, still have their mean to 1e-5.
 _SMALL = 2e-5
 
+# So many rows of pixels are faster as integers of four digits than by having all references converted to float64.
+_FEW_ROWS = 8
+
 # References of a float32 sum: of 30,000 like terms, one after the other, digits get lost.
 _BLOCK = 256
 
@@ -170,9 +180,15 @@ class Queries:
             self.unit = _UNIT * length * self.inverse_variance
             self.parallel = (alpha**2 * step / length).nan_to_num(torch.inf)
         if arithmetic == "int8":
-            scale = self.query.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny) / FULL_SCALE
-            self.query_digits = digits_of((self.query / scale[:, None]).round().to(torch.int64))
+            integers, scale = self._integers(slice(None))
+            self.query_digits = digits_of(integers)
             self.inverse_variance = self.inverse_variance * scale
+
+    def _integers(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Some queries (b, D) as integers of 32 bits, and (b,) what these are to be multiplied with."""
+        query = self.query[rows]
+        scale = query.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny) / FULL_SCALE
+        return (query / scale[:, None]).round().to(torch.int64), scale
 
     def logits(self, images: Tensor, norms: Tensor) -> Tensor:
         """(B, c) float64, of references (c, D): int8 levels, or float64."""
@@ -182,6 +198,12 @@ class Queries:
 
     def _exact_logits(self, rows: Tensor, images: Tensor, norms: Tensor) -> Tensor:
         """Those of some rows (b,) over references (c, D) in float32, in float64."""
+        if self.levels and len(rows) <= _FEW_ROWS:
+            query, scale = self._integers(rows)
+            product = integer_product_by_float32(digits_of(query), images.T).mul_(scale[:, None])
+            norms = self._exact_norms(images, images, norms)
+            product.mul_(self.inverse_variance[rows, None])
+            return product.sub_(self.half_scale[rows, None] * norms)
         if self._room is None or len(self._room) < len(images):
             self._room = images.new_empty(images.shape, dtype=torch.float64)
         exact = self._room[: len(images)].copy_(images)  # new memory for each chunk would take longer than the product

@@ -40,6 +40,15 @@ def integer_product(digits: Tensor, levels: Tensor) -> Tensor:
     return product
 
 
+def integer_product_by_float32(digits: Tensor, levels: Tensor) -> Tensor:
+    """`integer_product` of levels that are in float32 (k, m), by float32 products that are exact: for a few integers."""
+    total = torch.zeros(len(digits), levels.shape[1], dtype=torch.float64, device=levels.device)
+    # 512 terms of at most 2^14 each are summed exactly.
+    for part, block in zip(digits.to(torch.float32).split(512, 1), levels.split(512), strict=True):
+        total.add_(part @ block)
+    return torch.stack([part * 256**power for power, part in enumerate(total.view(4, -1, levels.shape[1]))]).sum(0)
+
+
 @cache
 def cpu_multiplies_int8() -> bool:
     """Whether this CPU's int8 products are fast (VNNI instructions) and exact: 8-bit sums saturate on some older ones."""
