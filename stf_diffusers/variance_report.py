@@ -135,8 +135,9 @@ def advice_lines(
         "lie there.</strong> At the others there is little variance to remove.",
         *(
             [
-                "<strong>Noise levels to draw: <code>--noise_distribution noise_distribution.json</code></strong>, half of "
-                "them where the data's entropy rate is; the last figure shows them."
+                "<strong>Noise levels to try: <code>--noise_distribution noise_distribution.json</code></strong>, half of "
+                "them where the data's entropy rate is; the last figure shows them. With STF, samples were better by them for VE "
+                "and VP, and for EDM on digits, but worse for EDM on CIFAR-10 at 16x16: compare both."
             ]
             if recommended is not None
             else []
