@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What the noise levels drawn in training do for DSM and STF, on natural images that a CPU can finish.
 
-    # CIFAR-10 at 16x16 with a network of 0.49 M parameters: about eight hours of one CPU thread in all, in slices
+    # CIFAR-10 at 16x16 with a network of 0.49 M parameters: about fifteen hours of one CPU thread in all, in slices
     python benchmarks/average_images.py --dataset_name cifar10 --output_dir cifar10-16
     python benchmarks/study_noise_levels.py --output_dir study-levels --dataset_name cifar10-16 --minutes 9
 
@@ -52,8 +52,8 @@ from stf_diffusers.training.run_folder import METRICS
 from stf_diffusers.training.sampling import as_pixels
 
 RUNS = (
-    "edm-dsm", "edm-stf", "edm-dsm@profile", "edm-stf@profile", "edm-dsm@-0.4,1.2", "edm-stf@-0.4,1.2",
-    "ve-stf@profile", "vp-stf@profile",
+    "edm-dsm", "edm-stf", "edm-dsm@profile", "edm-stf@profile", "edm-stf@adaptive",
+    "ve-dsm", "ve-stf", "ve-dsm@profile", "ve-stf@profile", "vp-dsm", "vp-stf", "vp-dsm@profile", "vp-stf@profile",
 )  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -67,7 +67,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4000, help="Of each training, with 64 images.")
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), help="The first is what the others are compared with.")
+    parser.add_argument(
+        "--runs", nargs="+", default=list(RUNS), help="PROCESS-dsm is what the others of a process are compared with."
+    )
     parser.add_argument("--num_samples", type=int, default=5000, help="For each distance.")
     parser.add_argument("--minutes", type=float, default=9, help="Stop after this time, at the latest a minute later.")
     return parser.parse_args(argv)
@@ -192,17 +194,17 @@ def report(args: argparse.Namespace) -> None:
         return [row[key] for row in sorted(found, key=lambda row: row["seed"])]
 
     first = args.runs[0]
-    heads = [f"{64 * step:,} images{what}" for step in steps for what in ("", f" minus {first}'s")]
+    heads = [f"{64 * step:,} images{what}" for step in steps for what in ("", " minus DSM's")]
     lines = [
         f"Squared Fréchet distance of {args.num_samples} samples in 35 evaluations; seeds 0 to {args.seeds - 1}.", "",
         "| run | " + " | ".join(heads) + f" | images / s | gradient noise / {first}'s |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name in args.runs:
-        cells = [name]
+        cells, dsm = [name], f"{name.split('-')[0]}-dsm"
         for step in steps:
             values = select(name, step)
-            differences = [value - other for value, other in zip(values, select(first, step), strict=True)]
-            cells += [spread(values), spread(differences, error=True) if name != first else ""]
+            differences = [value - other for value, other in zip(values, select(dsm, step), strict=False)]
+            cells += [spread(values), spread(differences, error=True) if differences and name != dsm else ""]
         cells += [f"{mean(select(name, args.steps, 'images_per_second')):.0f}"]
         cells += [f"{noise[name]['gradient_noise'] / noise[first]['gradient_noise']:.3f}" if name in noise else ""]
         lines.append("| " + " | ".join(cells) + " |")
