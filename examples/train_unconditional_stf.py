@@ -154,6 +154,9 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.noise_distribution == "adaptive" and args.vae and not (args.latents == "mean" and args.reference == "bank"),
          "--noise_distribution adaptive subtracts the known variance of the targets: with --vae pass --latents mean and "
          "--reference bank, whose targets have none."),
+        (args.noise_distribution == "adaptive" and args.objective == "dsm" and args.class_dropout,
+         "--noise_distribution adaptive subtracts the known variance of the targets, which --objective dsm has two of where "
+         "--class_dropout drops classes: leave it out."),
         (args.noise_distribution != "adaptive"
          and (args.importance_weights or (args.adaptive_power, args.adaptive_floor) != (None, None)),
          "--adaptive_power, --adaptive_floor and --importance_weights need --noise_distribution adaptive."),
@@ -313,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         distribution = choose_distribution(
             args.noise_distribution, process, noise_mean=args.noise_mean, noise_std=args.noise_std,
             profile=lambda: profile_of(pixels, process, seed=args.seed, device=device),
-            begun_with=begun.get("noise_distribution"),
+            begun_with=begun.get("noise_distribution"), sampling_range=sampling_range,
             adaptive_power=args.adaptive_power, adaptive_floor=args.adaptive_floor, device=device,
         )  # fmt: skip
         objective = STFTrainingObjective(process, distribution=distribution)
@@ -378,14 +381,15 @@ def main(argv: list[str] | None = None) -> None:
             adaptive = AdaptiveLevels(accelerator, distribution, importance_weights=args.importance_weights)
             if resume is None:
                 subtract_known_variance(
-                    distribution, process, pixels, references, mirrored=flips, seed=args.seed, device=device
-                )
+                    distribution, process, pixels, references, mirrored=flips, seed=args.seed, device=device,
+                    memory_gb=memory_gb,
+                )  # fmt: skip
         validation = None
         if held_out is not None:
             bank = bank_for(
                 pixels,
                 references,
-                reference_memory_gb=args.reference_memory_gb,
+                reference_memory_gb=memory_gb,
                 mirrored=flips,
                 device=device,
                 quiet=quiet,

@@ -205,7 +205,8 @@ class AdaptiveNoise(NoiseDistribution):
         return torch.lerp(values[right - 1], values[right], share.clamp(0, 1))
 
     def sums_of(self, level: Tensor, error: Tensor) -> Tensor:
-        """(2, K) float64: errors above the known variance, and numbers of rows, by piece.
+        """(2, K) float64: errors above the known variance, and numbers of rows, by piece. Rows whose error is not finite, as
+        in a step that fp16 skips, do not count.
 
         Args:
             level: (B,) noise levels sigma / alpha.
@@ -213,8 +214,11 @@ class AdaptiveNoise(NoiseDistribution):
         """
         log_level = level.detach().to(self._sums.device, torch.float64).log()
         excess = error.detach().to(log_level) - self._known_variance(log_level)
-        columns = torch.stack([excess, torch.ones_like(excess)])
-        return torch.zeros_like(self._sums).index_add_(1, self._piece(log_level), columns)
+        counted = excess.isfinite()
+        columns = torch.stack([excess.masked_fill(~counted, 0), counted.to(excess)])
+        # A product, whose order of summation is the same each time: that of atomic additions on a GPU is not.
+        places = torch.arange(self._sums.shape[1], device=excess.device)
+        return columns @ (self._piece(log_level)[:, None] == places).to(excess)
 
     def take(self, sums: Tensor) -> None:
         """Take in the `sums_of` a step's rows, of all micro-batches and processes together: they must all take the same."""

@@ -271,3 +271,13 @@ def test_other_priors(prior):
     drawn = adaptive.sample(5000, generator=torch.Generator().manual_seed(0)).log()
     assert stats.kstest(drawn.numpy(), lambda x: adaptive.cdf(torch.from_numpy(x)).numpy()).pvalue > RARE
     assert prior.log_density(drawn).isfinite().all() and adaptive.log_density(drawn).isfinite().all()
+
+
+def test_errors_that_are_not_finite_do_not_count():
+    """As in a step that fp16 skips; the others of its rows do."""
+    levels, errors = torch.tensor([0.1, 0.5, 2.0]), torch.tensor([0.3, 0.2, 0.1])
+    spoilt, clean = AdaptiveNoise(EDM()), AdaptiveNoise(EDM())
+    for bad in (torch.inf, torch.nan):
+        spoilt.update(torch.cat([levels, torch.tensor([1.0])]), torch.cat([errors, torch.tensor([bad])]))
+        clean.update(levels, errors)
+    assert torch.equal(spoilt.weights, clean.weights) and spoilt.weights.isfinite().all()

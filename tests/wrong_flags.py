@@ -155,6 +155,10 @@ COMBINATIONS = {
     "no steps": Row("--eval_extractor x", "need each other"),
     "no such extractor": Row("--eval_steps 2 --eval_extractor /nowhere", "--eval_extractor /nowhere"),
     "evaluation of a stream": Row("--eval_steps 2 --eval_extractor x --streaming", "does not keep"),
+    "variances with dropped classes": Row(
+        "--noise_distribution adaptive --objective dsm --class_conditional --class_dropout 0.1",
+        ("has two of", "--class_dropout"),
+    ),
     "held-out images of a stream": Row("--validation_split test --streaming", "leave --streaming and --vae out"),
     "held-out images of latents": Row("--validation_split test --vae {vae}", "leave --streaming and --vae out"),
     "no held-out images": Row("--validation_steps 2", "need --validation_split"),

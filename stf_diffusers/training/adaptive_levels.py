@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -94,6 +95,7 @@ def subtract_known_variance(
     mirrored: bool,
     seed: int,
     device: torch.device | str = "cpu",
+    memory_gb: float = 4.0,
 ) -> None:
     """Measure the variance of a training's targets, where they have some, and have the distribution subtract it.
 
@@ -109,6 +111,7 @@ def subtract_known_variance(
         mirrored: whether images are flipped at random.
         seed: random seed for the choice of images and the noise.
         device: where to compute.
+        memory_gb: GiB for the images, which are fewer where they would take more.
 
     Raises:
         ValueError: the variance of its targets is not known: classes whose references are read with the batch.
@@ -120,16 +123,21 @@ def subtract_known_variance(
             "noise_distribution='adaptive' subtracts the variance of the targets, and how many references of its class a "
             "target has differs from batch to batch. Pass reference='bank'."
         )
+    if references.n >= len(images) and not mirrored:
+        return
     draws = torch.Generator("cpu").manual_seed(seed)
-    kept = max(_IMAGES, references.n)
+    whole = math.prod(images.shape) * (2 if mirrored else 1)
+    kept = min(max(_IMAGES, references.n), max(references.n, 2, int(memory_gb * 2**30 / whole)))
+    found: list[tuple[list[float], list[float]] | None] = [None]
+    if not PartialState().is_main_process:
+        distribution.subtract(*broadcast_object_list(found)[0])
+        return
     rows = torch.randperm(len(images), generator=draws, device="cpu")[:kept].sort().values
     pixels = images.__getitems__(rows.tolist())["images"]
     labels = None if images.labels is None else images.labels[rows]
     if mirrored:
         pixels = torch.cat([pixels, pixels.flip(-1)])
         labels = None if labels is None else labels.repeat(2)
-    elif references.n >= len(images):
-        return
     times = process.times_at(distribution.edges[1:-1].cpu()).unique()
     sizes = [references.n] if references.kind == "batch" else []
     if references.kind == "batch":
@@ -141,5 +149,4 @@ def subtract_known_variance(
     dimension = pixels.shape[1:].numel()
     variances = [(row.stf[sizes[0]] if sizes else row.dsm).value * row.output_factor / dimension for row in measured]
     found = [([row.noise_level for row in measured], variances)]
-    broadcast_object_list(found)
-    distribution.subtract(*found[0])
+    distribution.subtract(*broadcast_object_list(found)[0])

@@ -136,6 +136,7 @@ def choose_distribution(
     noise_std: float | None = None,
     profile: Callable[[], NoiseDistribution] | None = None,
     begun_with: Mapping[str, Any] | None = None,
+    sampling_range: Mapping[str, float] | None = None,
     adaptive_power: float | None = None,
     adaptive_floor: float | None = None,
     device: torch.device | str = "cpu",
@@ -151,7 +152,8 @@ def choose_distribution(
             for "logit_normal", by default 0 and 1. For "adaptive" they make "log_normal" its prior, which by default is the
             process's own distribution.
         profile: measures the data, for instance by `profile_of`.
-        begun_with: config of the distribution of the run that is resumed, which is not measured again.
+        begun_with: config of the distribution of the run that is resumed: a profile is not measured again.
+        sampling_range: "sigma_min" and "sigma_max" of sampling, where they are not the process's own, as from `choose_process`.
         adaptive_power, adaptive_floor: of "adaptive". None: those of `AdaptiveNoise`.
         device: where an adaptive distribution keeps its tables.
 
@@ -168,16 +170,19 @@ def choose_distribution(
             f"noise_{next(iter(given))}= needs noise_distribution='log_normal', 'logit_normal' or 'adaptive'."
         )
     distribution: NoiseDistribution
+    low, high = process.sampling_range()
+    low, high = ((sampling_range or {}).get(name, own) for name, own in (("sigma_min", low), ("sigma_max", high)))
     if noise_distribution is None:
         return None
     if noise_distribution == "log_normal":
         distribution = LogNormal(**given)
     elif noise_distribution == "logit_normal":
-        distribution = LogitNormal(*process.sampling_range(), **given)
+        distribution = LogitNormal(low, high, **given)
     elif noise_distribution == "log_uniform":
-        distribution = Piecewise.log_uniform(*process.sampling_range())
+        distribution = Piecewise.log_uniform(low, high)
     elif noise_distribution == "profile" and profile is not None:
-        distribution = distribution_from_config(dict(begun_with)) if begun_with else profile()
+        known = begun_with is not None and begun_with.get("name") == "piecewise"
+        distribution = distribution_from_config(dict(begun_with)) if known and begun_with else profile()
     elif noise_distribution == "adaptive":
         settings: dict[str, Any] = {"power": adaptive_power, "floor": adaptive_floor, "device": device}
         chosen = {name: value for name, value in settings.items() if value is not None}

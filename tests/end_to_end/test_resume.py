@@ -241,3 +241,10 @@ def test_references_stay_those_of_the_run(flags, tmp_path, caplog):
     assert "read with each batch" in caplog.text and "Resumed after step" in caplog.text
     with pytest.raises(ValueError, match="reference"):
         train(flags("--max_train_steps", 4, "--resume_from_checkpoint", "latest", "--reference", "bank"))
+
+
+@pytest.mark.parametrize("begun", [["log_normal", "--noise_mean", 0.4], ["adaptive"]], ids=lambda begun: begun[0])
+def test_a_profile_does_not_take_over_other_noise_levels(begun, flags):
+    train(flags("--noise_distribution", *begun))
+    with pytest.raises(ValueError, match="noise_distribution"):
+        train(flags("--noise_distribution", "profile", "--resume_from_checkpoint", "latest", "--max_train_steps", 3))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from stf_diffusers import EDM, VE, VP, FlowMatching
@@ -94,7 +95,9 @@ def test_distributions_by_name_and_from_a_file(tmp_path):
 
 @pytest.mark.parametrize("name", [None, "log_uniform", "levels.json"])
 def test_a_mean_of_a_distribution_that_has_none(name):
-    with pytest.raises(ValueError, match=r"noise_mean= needs noise_distribution='log_normal' or 'logit_normal'"):
+    with pytest.raises(
+        ValueError, match=r"noise_mean= needs noise_distribution='log_normal', 'logit_normal' or 'adaptive'"
+    ):
         choose_distribution(name, EDM(), noise_mean=0.0)
 
 
@@ -115,7 +118,9 @@ def test_files_that_are_no_distribution(content, says, tmp_path):
     path = tmp_path / "levels.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ValueError, match="is none of log_normal, logit_normal, log_uniform and profile") as raised:
+    with pytest.raises(
+        ValueError, match="is none of log_normal, logit_normal, log_uniform, profile and adaptive"
+    ) as raised:
         choose_distribution(str(path), EDM())
     assert says in str(raised.value)
 
@@ -123,3 +128,14 @@ def test_files_that_are_no_distribution(content, says, tmp_path):
 def test_a_distribution_beside_the_process_is_refused():
     with pytest.raises(ValueError, match="at which the process is trained"):
         choose_distribution("log_normal", VE(0.01, 50.0), noise_mean=10.0, noise_std=0.1)
+
+
+@pytest.mark.parametrize("name", ["log_uniform", "logit_normal"])
+def test_levels_between_those_that_are_sampled(name):
+    """Also where EDM is told to be sampled between others than its own."""
+    process, sampling_range = choose_process(
+        "edm", {"sigma_data": 0.5, "sigma_max": 20.0}, standard_deviation=lambda: 0.5
+    )
+    found = choose_distribution(name, process, sampling_range=sampling_range)
+    ends = found.quantile(torch.tensor([1e-9, 1 - 1e-9], dtype=torch.float64)).exp().tolist()
+    assert 0.002 <= ends[0] < 0.003 and 19 < ends[1] <= 20.001
