@@ -212,16 +212,33 @@ def report(args: argparse.Namespace) -> None:
     (args.output_dir / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
+    draw_distances(args, results)
+    draw_samples(args)
+
+
+def draw_distances(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """Mean distances of each run against images seen and against seconds of training, a panel for each process."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    for name in args.runs:
-        axis.plot([64 * step for step in steps], [mean(select(name, step)) for step in steps], marker="o", label=name)
-    axis.set(xlabel="images seen", ylabel="squared Fréchet distance")
-    axis.legend(frameon=False, fontsize=8)
+    processes = list(dict.fromkeys(name.split("-")[0] for name in args.runs))
+    figure = Figure(figsize=(4 * len(processes), 6), layout="constrained")
+    panels = figure.subplots(2, len(processes), squeeze=False)
+    for column, process in enumerate(processes):
+        for name in (name for name in args.runs if name.split("-")[0] == process):
+            found = [row for row in results if row["run"] == name]
+            steps = sorted({row["step"] for row in found})
+            distances = [mean(row["distance"] for row in found if row["step"] == step) for step in steps]
+            rate = mean(row["images_per_second"] for row in found)
+            style = {"marker": "o", "color": "tab:red" if "-dsm" in name else "tab:blue", "label": name}
+            style["linestyle"] = {"": "-", "profile": "--"}.get(name.partition("@")[2], ":")
+            panels[0][column].plot([64 * step for step in steps], distances, **style)
+            panels[1][column].plot([64 * step / rate for step in steps], distances, **style)
+        panels[0][column].set(xlabel="images seen", title=process.upper())
+        panels[1][column].set(xlabel="seconds of training")
+        panels[0][column].legend(frameon=False, fontsize=8)
+    for row in panels:
+        row[0].set_ylabel("squared Fréchet distance")
     figure.savefig(args.output_dir / "distance.png", dpi=110)
-    draw_samples(args)
 
 
 def draw_samples(args: argparse.Namespace, count: int = 12, width: int = 40) -> None:
