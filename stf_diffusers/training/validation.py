@@ -119,7 +119,8 @@ def open_held_out(
         )
     if held_out.crops_at_random or not images.read_alike:
         raise ValueError(
-            "validation_split: images that are cropped at random are never the same twice. Pass center_crop=True."
+            "images that are cropped at random are never the same twice, and validation_split= compares them each time. Pass "
+            "center_crop=True."
         )
     return held_out
 
@@ -151,7 +152,7 @@ def bank_for(
     size = len(images) * math.prod(images.shape) / 2**30
     if size > reference_memory_gb:
         raise ValueError(
-            f"validation_split: the error is against the posterior mean over all training images, {size:.1f} GiB of them, "
+            f"validation_split= measures errors against the posterior mean over all training images, {size:.1f} GiB of them, "
             f"and reference_memory_gb={reference_memory_gb:g}. Raise it, or pass reference='bank', with "
             "reference_device='disk' where memory is short."
         )
@@ -230,8 +231,8 @@ class Validation:
         count = min(validation_images, len(held_out), len(images))
         if count < SMALLEST:
             raise ValueError(
-                f"validation_split: {count} images are too few for a mean error; {SMALLEST} are needed, of either split "
-                f"and in validation_images={validation_images}."
+                f"{count} images are too few for a mean error; validation_split= needs {SMALLEST} of either split, and of "
+                f"validation_images={validation_images}."
             )
         draws = torch.Generator("cpu").manual_seed(seed_for(seed, _ROWS))
         self.sources = [
@@ -277,7 +278,7 @@ class Validation:
         copies = int((self._gathered(distances) < 1e-4).sum())
         if copies == self.count:
             raise ValueError(
-                "validation_split: its images are training images. Choose a split that is not in split=, such as "
+                "the images of validation_split= are training images. Choose a split that is not in split=, such as "
                 "validation_split='test', or split='train[1000:]' and validation_split='train[:1000]'."
             )
         if copies:

@@ -22,8 +22,8 @@ def losses(monkeypatch):
     """The losses of a run, in order."""
     found, loss = [], STFTrainingObjective.loss
 
-    def recorded(self, output, batch):
-        value = loss(self, output, batch)
+    def recorded(self, output, batch, weights=None):
+        value = loss(self, output, batch, weights)
         found.append(float(value))
         return value
 

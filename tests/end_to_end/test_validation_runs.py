@@ -100,4 +100,4 @@ def test_with_other_flags(more, finished, tmp_path):
 def test_a_split_that_is_in_the_training(finished, tmp_path, capsys):
     argv = [*finished[1], "--output_dir", tmp_path / "run", "--validation_split", "train[:33]"]
     said = mistake(argv, capsys)
-    assert "its images are training images" in said and not (tmp_path / "run").exists()
+    assert "the images of --validation_split are training images" in said and not (tmp_path / "run").exists()

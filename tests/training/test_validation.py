@@ -198,7 +198,7 @@ def test_too_few_images(images, held_out, tmp_path):
 
 
 def test_training_images_are_no_held_out_images(images, held_out, tmp_path, caplog):
-    with pytest.raises(ValueError, match="its images are training images"):
+    with pytest.raises(ValueError, match="of validation_split= are training images"):
         validate(None, images, images, tmp_path)
     some = open_images(load_digits_dataset().select([*range(10), *range(300, 340)]), quiet=True)
     validate(Gaussian(images), some, unlabelled(images), tmp_path)
