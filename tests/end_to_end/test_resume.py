@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tiny import TINY, Trap, accelerate_launch, metadata, same, tiny_autoencoder, train, weights
+from tiny import TINY, Trap, accelerate_launch, launch, metadata, same, tiny_autoencoder, train, weights
 
 
 def test_resumed_run_ends_like_an_uninterrupted_one(flags, tmp_path):
@@ -70,6 +70,13 @@ def test_adapted_noise_levels_resume_bit_for_bit(more, flags, tmp_path):
     assert len(states[0]["floor_levels"]) == (0 if more in ([], ["--importance_weights"]) else 31)
     with pytest.raises(ValueError, match="belongs to another run: noise_distribution"):
         train(flags(*adaptive, "--adaptive_floor", 0.5, "--resume_from_checkpoint", "latest"))
+
+
+def test_the_variance_is_measured_once_for_all_processes(flags):
+    said = launch(
+        flags(*ADAPTIVE, "--objective", "dsm", "--max_train_steps", 2, "--reference_memory_gb", 1), processes=2
+    )
+    assert "processes: 2." in said
 
 
 def test_adapted_noise_levels_are_the_same_on_all_processes(flags, tmp_path):
