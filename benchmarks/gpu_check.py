@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ from study_cifar10 import write
 from torch import Tensor
 
 from stf_diffusers import EDM, ReferenceBank, STFTrainingObjective, posterior_mean
-from stf_diffusers.chunk_states import Arithmetic
+from stf_diffusers.arithmetic_choice import DENSE, measured, worst_error
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -74,7 +74,8 @@ def noised(reference: Tensor, sigma: Tensor) -> Tensor:
 
 def arithmetics(dtype: torch.dtype) -> list[str | None]:
     """The default, and those that there are for references of a dtype."""
-    return [None, *(name for name in get_args(Arithmetic) if name != "int8" or dtype == torch.uint8)]
+    there = ("float64", "int8") if GPU else ("float64", "float32", *(["int8"] if dtype == torch.uint8 else []))
+    return [None, *there]
 
 
 def outcome(compute: Callable[[], Any]) -> Any:
@@ -111,6 +112,18 @@ def accuracy(args: argparse.Namespace) -> list[dict[str, Any]]:
                 return float((mean.flatten(1).double() - truth).abs().max())
 
             found.append({"references": str(dtype), "arithmetic": arithmetic or "default", "worst": outcome(error)})
+    return found
+
+
+def choice(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the arithmetic is chosen by: worst error, and milliseconds of 64 means over 2,048 references."""
+    found = []
+    for levels in (True, False):
+        for arithmetic in DENSE:
+            row = {"references": "uint8" if levels else "floating point", "arithmetic": arithmetic}
+            row["worst"] = outcome(partial(worst_error, DEVICE, levels, arithmetic))
+            row["milliseconds"] = outcome(partial(lambda *of: measured(*of)[of[2][0]], DEVICE, levels, (arithmetic,)))
+            found.append(row)
     return found
 
 
@@ -284,7 +297,7 @@ def trainings(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
-    "accuracy": accuracy, "waits": waits, "steps": steps, "speed": speed, "trainings": trainings,
+    "accuracy": accuracy, "choice": choice, "waits": waits, "steps": steps, "speed": speed, "trainings": trainings,
 }  # fmt: skip
 
 

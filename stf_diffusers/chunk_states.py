@@ -12,11 +12,13 @@ from torch import Tensor
 
 from .integer_products import (
     FULL_SCALE,
-    TERMS,
-    cpu_multiplies_int8,
+    FixedPoint,
     digits_of,
+    fixed_point,
+    full_scale,
     integer_product,
     integer_product_by_float32,
+    powers_of_256,
 )
 
 Arithmetic = Literal["int8", "float32", "float64"]
@@ -54,7 +56,9 @@ class PosteriorState:
     def merge(self, other: PosteriorState) -> PosteriorState:
         """The state of both sets of references together."""
         maximum = torch.maximum(self.maximum, other.maximum)
-        left, right = self.rescaled(maximum), other.rescaled(maximum)
+        # A row for which every logit is -inf (all masked) has no maximum to subtract.
+        base = maximum.masked_fill(maximum.isneginf(), 0)
+        left, right = self._relative_to(base), other._relative_to(base)
         return PosteriorState(
             maximum,
             left.normalizer + right.normalizer,
@@ -72,10 +76,14 @@ class PosteriorState:
 
     def rescaled(self, maximum: Tensor) -> PosteriorState:
         """The same state relative to another (larger) `maximum` (B,)."""
-        # A row for which every logit is -inf (all masked) has no maximum to subtract.
-        factor = (self.maximum - maximum.masked_fill(maximum.isneginf(), 0)).exp()
-        weighted_sum = self.weighted_sum * factor[:, None]
-        return PosteriorState(maximum, self.normalizer * factor, self.squares * factor**2, weighted_sum)
+        state = self._relative_to(maximum.masked_fill(maximum.isneginf(), 0))
+        return PosteriorState(maximum, *list(vars(state).values())[1:])
+
+    def _relative_to(self, base: Tensor) -> PosteriorState:
+        factor = (self.maximum - base).exp_()
+        return PosteriorState(
+            base, self.normalizer * factor, self.squares * factor.square(), self.weighted_sum * factor[:, None]
+        )
 
     def result(self, dtype: torch.dtype = torch.float32, centred_levels: bool = False) -> PosteriorMean:
         """The normalised mean, (B, D), and the effective sample size, (B,), in `dtype`.
@@ -95,14 +103,6 @@ class PosteriorState:
         dtype = torch.float64 if noisy.dtype == reference_dtype == torch.float64 else torch.float32
         mean, effective_sample_size = self.result(dtype, centred_levels=reference_dtype == torch.uint8)
         return PosteriorMean(mean.reshape(noisy.shape), effective_sample_size)
-
-
-def choose_arithmetic(device_type: str, dtype: torch.dtype, dimension: int) -> Arithmetic:
-    """The fastest arithmetic that was measured to be accurate for references of `dtype` (n, dimension) on a device."""
-    fits = dtype == torch.uint8 and dimension in TERMS
-    if device_type == "cpu" and fits and cpu_multiplies_int8():
-        return "int8"
-    return "float32" if device_type == "cpu" and dtype != torch.float64 else "float64"
 
 
 # Logits this far below the largest add less than 2^-64 of the sum each.
@@ -138,6 +138,16 @@ def level_sums(levels: Tensor) -> Tensor:
     return torch.cat(sums)
 
 
+def squared_norms(images: Tensor) -> Tensor:
+    """What the logits need of the references (n, D): |x|^2 in float64, of int8 levels the exact sum of v^2 + v.
+
+    A pixel is (v + 1/2) / 127.5 for its level v, so its squared norm is that sum over 127.5^2 plus a constant.
+    """
+    if images.dtype != torch.int8:
+        return torch.linalg.vector_norm(images, dim=1, dtype=torch.float64).square()
+    return level_sums(images) if images.device.type == "cpu" else level_norms(images)
+
+
 def level_norms(levels: Tensor) -> Tensor:
     """`squared_norms` of int8 levels (n, D) in few launches, where a CPU's cache does not matter."""
     wide = levels.to(torch.int16)
@@ -150,12 +160,30 @@ def rounded_norms(values: Tensor, levels: bool) -> Tensor:
     return norms.add_(values.sum(1)) if levels else norms
 
 
+def as_multiplied(images: Tensor, arithmetic: Arithmetic) -> Tensor | FixedPoint:
+    """A chunk of references (c, D), int8 levels or finite floating point, as the products of an arithmetic read it."""
+    if arithmetic == "float32":
+        return images.to(torch.float32).contiguous()
+    if arithmetic == "float64":
+        return images.to(torch.float64)
+    return images if images.dtype == torch.int8 else fixed_point(images.to(torch.float32))
+
+
 class Queries:
     """Noisy images against chunks of references, in one arithmetic.
 
     The logit is reduced by |x_t|^2 / (2 sigma^2), which is common to all references:
     ``(alpha x_t . x_i - alpha^2 |x_i|^2 / 2) / sigma^2``. Its two terms nearly cancel before the division, so a float32
     product errs by up to 8e-3 in the mean when references lie within a few sigma of each other.
+
+    Args:
+        noisy: (B, D) floating point.
+        alpha, sigma: (B,) float64.
+        levels: whether the references are int8 levels.
+        arithmetic: that of the products.
+        norms_are_exact: whether the norms of references are; float32 computes those that matter again.
+        dense: for devices that are not to be waited for: shapes do not depend on values, and integers are padded as GPUs
+            need them and have enough digits that nothing has to be computed again.
     """
 
     def __init__(
@@ -166,8 +194,10 @@ class Queries:
         levels: bool,
         arithmetic: Arithmetic,
         norms_are_exact: bool = True,
+        dense: bool = False,
     ) -> None:
         self.arithmetic, self.levels, self.norms_are_exact = arithmetic, levels, norms_are_exact
+        self.dense, self.multiple = dense, 32 if dense else 1
         self._room: Tensor | None = None
         step = 1 / 127.5 if levels else 1.0
         self.query = noisy.to(torch.float64) * alpha[:, None]
@@ -180,26 +210,37 @@ class Queries:
             self.unit = _UNIT * length * self.inverse_variance
             self.parallel = (alpha**2 * step / length).nan_to_num(torch.inf)
         if arithmetic == "int8":
-            integers, scale = self._integers(slice(None))
-            self.query_digits = digits_of(integers)
+            count = 6 if dense else 4
+            integers, scale = self._integers(slice(None), count)
+            self.query_digits = digits_of(integers, count)
             self.inverse_variance = self.inverse_variance * scale
+            # Of the first product, and of the second.
+            self.powers: tuple[Tensor | None, Tensor | None] = (None, None)
+            if dense:
+                powers = powers_of_256(6, 1 if levels else 6, noisy.device)
+                self.powers = powers, powers[:4, :4]
 
-    def _integers(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Some queries (b, D) as integers of 32 bits, and (b,) what these are to be multiplied with."""
+    def _integers(self, rows: Tensor | slice, count: int) -> tuple[Tensor, Tensor]:
+        """Some queries (b, D) as integers of so many digits, and (b,) what these are to be multiplied with."""
         query = self.query[rows]
-        scale = query.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny) / FULL_SCALE
+        scale = query.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny) / full_scale(count)
         return (query / scale[:, None]).round().to(torch.int64), scale
 
-    def logits(self, images: Tensor, norms: Tensor) -> Tensor:
-        """(B, c) float64, of references (c, D): int8 levels, or float64."""
-        exactly = self.arithmetic == "int8"
-        product = integer_product(self.query_digits, images.T) if exactly else self.query @ images.T
+    def logits(self, images: Tensor | FixedPoint, norms: Tensor) -> Tensor:
+        """(B, c) float64, of references (c, D) `as_multiplied`."""
+        if isinstance(images, FixedPoint):
+            product = integer_product(self.query_digits, images.digits, self.powers[0], multiple=self.multiple)
+            product = product.mul_(images.scale)
+        elif self.arithmetic == "int8":
+            product = integer_product(self.query_digits, images, self.powers[0], multiple=self.multiple)
+        else:
+            product = self.query @ images.T
         return product * self.inverse_variance[:, None] - self.half_scale[:, None] * norms
 
     def _exact_logits(self, rows: Tensor, images: Tensor, norms: Tensor) -> Tensor:
         """Those of some rows (b,) over references (c, D) in float32, in float64."""
         if self.levels and len(rows) <= _FEW_ROWS:
-            query, scale = self._integers(rows)
+            query, scale = self._integers(rows, 4)
             product = integer_product_by_float32(digits_of(query), images.T).mul_(scale[:, None])
             norms = self._exact_norms(images, images, norms)
             product.mul_(self.inverse_variance[rows, None])
@@ -227,7 +268,7 @@ class Queries:
         quarter = images.shape[1] / 4
         return (finite + quarter).sqrt() + math.sqrt(quarter)
 
-    def state(self, logits: Tensor, images: Tensor) -> PosteriorState:
+    def state(self, logits: Tensor, images: Tensor | FixedPoint) -> PosteriorState:
         """The state of references (c, D) with the given logits (B, c)."""
         maximum = logits.amax(1)
         weights = (logits - maximum.masked_fill(maximum.isneginf(), 0)[:, None]).exp_()
@@ -302,8 +343,14 @@ class Queries:
         total.index_add_(0, row, chosen.mul_(weights[row, column][:, None]))
         return PosteriorState(maximum, weights.sum(1), weights.square().sum(1), total)
 
-    def _weighted_sum(self, weights: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _weighted_sum(self, weights: Tensor, images: Tensor | FixedPoint) -> tuple[Tensor, Tensor]:
         """The sum of the references (c, D) under weights (B, c) in [0, 1], and the sum of those weights."""
+        if isinstance(images, FixedPoint):
+            scaled = weights * images.scale
+            step = scaled.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny) / FULL_SCALE
+            digits = digits_of((scaled / step).round().to(torch.int64))
+            total = integer_product(digits, images.columns(), self.powers[1], multiple=self.multiple)
+            return total.mul_(step * 2**16), weights.sum(1)
         if self.arithmetic == "float64":
             return weights @ images, weights.sum(1)
         if self.arithmetic == "float32":
@@ -312,5 +359,7 @@ class Queries:
                 total.add_(part @ block)
             return total, weights.sum(1)
         rounded = (weights * FULL_SCALE).round().to(torch.int64)
-        total = integer_product(digits_of(rounded), images).div_(FULL_SCALE)
+        total = integer_product(digits_of(rounded), images.T, self.powers[1], multiple=self.multiple).div_(FULL_SCALE)
+        if self.dense:
+            return total, weights.sum(1)  # integers do not know NaN; sparse states get it when they are merged
         return total, rounded.sum(1).to(torch.float64) / FULL_SCALE

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .forward_process import NoiseProcess, expand_as_rows
-from .posterior import PosteriorMean, check_tensor, without_autocast
+from .posterior import PosteriorMean, check_tensor
+from .precision import without_autocast
 from .reference_set import ReferenceSet
 from .scheduler_process import SchedulerProcess
 from .source_checks import (

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .forward_process import NoiseProcess
-from .posterior import ReferenceRows, pixels_to_float, take_rows, without_autocast
+from .posterior import ReferenceRows, pixels_to_float, take_rows
+from .precision import without_autocast
 from .prediction import prediction_coefficients
 from .reference_bank import ReferenceBank
 

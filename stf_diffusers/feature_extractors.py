@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 
-from .posterior import full_precision
+from .precision import full_precision
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .forward_process import NoiseProcess, expand_as_rows
 from .noise_distribution import NoiseDistribution
-from .posterior import PosteriorMean, without_autocast
+from .posterior import PosteriorMean
+from .precision import without_autocast
 from .prediction import prediction_coefficients
 from .reference_set import ReferenceSet
 from .scheduler_process import SchedulerProcess

@@ -12,31 +12,28 @@ states of chunks merge exactly, as in streaming softmax, so no (B, n, D) tensor 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .arithmetic_choice import choose_arithmetic
 from .chunk_states import (
     Arithmetic,
     PosteriorMean,
     PosteriorState,
     Queries,
-    choose_arithmetic,
-    level_norms,
-    level_sums,
+    as_multiplied,
     rounded_norms,
+    squared_norms,
 )
 from .integer_products import TERMS, centred_levels
+from .precision import full_precision, without_autocast
 
 # Elements of a chunk of references. A CPU is fastest where the float64 chunk (16 MiB), or the bytes, stay in its cache;
-# other devices where there are few chunks (128 MiB in float64).
-_CHUNK_ELEMENTS = {"cpu": 2**21}
-_CHUNK_ELEMENTS_ELSEWHERE = 2**24
-_INT8_CHUNK_ELEMENTS = 2**22
+# other devices where there are few chunks (128 MiB in float64 or, of floating point references, as digits).
+_CHUNK_ELEMENTS, _INT8_CHUNK_ELEMENTS = 2**21, 2**22
+_DENSE_CHUNK_ELEMENTS, _DENSE_DIGITS_CHUNK_ELEMENTS = 2**24, 2**23
 
 # References of a chunk whose weights are rounded to 2^-32 of the chunk's largest: 4e-6 in the mean at worst.
 _MAX_INT8_CHUNK = 2**14
@@ -79,59 +76,6 @@ def check_batch(name: str, images: Any, shape: str) -> None:
         )
 
 
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off, in this thread: enough around elementwise arithmetic and products of float64 or of integers."""
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
-
-
-class _ExactProducts:
-    """Float32 matrix products in IEEE float32 while anyone is inside: a setting of the process, not of a thread.
-
-    The first thread that enters keeps the settings and the last one that leaves restores them, so that threads whose stays
-    overlap leave behind what was there before.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.inside = threading.Lock(), 0
-        self.previous: list[str] = []
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.inside += 1
-            if self.inside == 1:
-                self.previous = [backend.fp32_precision for backend in self._backends()]
-                for backend in self._backends():
-                    backend.fp32_precision = "ieee"
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.inside -= 1
-            if self.inside == 0:
-                for backend, precision in zip(self._backends(), self.previous, strict=True):
-                    # "none" inherits from torch.backends.fp32_precision; what was inherited must go on following it.
-                    backend.fp32_precision = "none"
-                    if backend.fp32_precision != precision:
-                        backend.fp32_precision = precision
-
-    @staticmethod
-    def _backends() -> tuple[Any, ...]:
-        return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-
-
-_EXACT_PRODUCTS = _ExactProducts()
-
-
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """Autocast off, float32 matrix products in IEEE float32; the caller's settings are restored afterwards.
-
-    ``autocast(enabled=False)`` alone leaves TF32 (CUDA) and bf16 (oneDNN) products on.
-    """
-    with _EXACT_PRODUCTS, without_autocast(device_type):
-        yield
-
-
 def pixels_to_float(images: Tensor) -> Tensor:
     """uint8 pixels to float32 in [-1, 1] by ``x / 127.5 - 1``; half precision to float32; float32 and float64 as is.
 
@@ -148,18 +92,6 @@ def pixels_to_float(images: Tensor) -> Tensor:
         f"Images must be floating point in [-1, 1] or uint8 pixels (read as x / 127.5 - 1); got {images.dtype}. "
         "Convert them with .to(torch.uint8) or .float() first."
     )
-
-
-def squared_norms(images: Tensor) -> Tensor:
-    """What the logits need of the references (n, D): |x|^2 in float64, of int8 levels the exact sum of v^2 + v.
-
-    A pixel is (v + 1/2) / 127.5 for its level v, so its squared norm is that sum over 127.5^2 plus a constant.
-    """
-    if images.dtype != torch.int8:
-        return torch.linalg.vector_norm(images, dim=1, dtype=torch.float64).square()
-    if images.device.type != "cpu":
-        return level_norms(images)
-    return level_sums(images)
 
 
 def levels_or_floats(images: Tensor) -> Tensor:
@@ -183,6 +115,7 @@ def posterior_state(
     rows: range | None = None,
     chunk_size: int | None = None,
     arithmetic: Arithmetic | None = None,
+    dense: bool | None = None,
 ) -> PosteriorState:
     """The unnormalised posterior mean, which states of other references can be merged into.
 
@@ -194,29 +127,29 @@ def posterior_state(
         norms: (n,) `squared_norms` of the references, where they are known.
         rows: the references to use. Default: all.
         chunk_size, arithmetic: as for `posterior_mean`.
+        dense: as for `Queries`: nothing depends on values, so that nothing waits for the device. Default: but on CPUs.
     """
     batch_size, dimension = noisy.shape
     rows = range(reference.shape[0]) if rows is None else rows
+    dense = noisy.device.type != "cpu" if dense is None else dense
     if arithmetic is None:
-        arithmetic = choose_arithmetic(noisy.device.type, reference.dtype, dimension)
+        arithmetic = choose_arithmetic(noisy.device, reference.dtype, dimension)
     if chunk_size is None:
-        per_chunk = _CHUNK_ELEMENTS.get(noisy.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-        per_chunk = _INT8_CHUNK_ELEMENTS if arithmetic == "int8" else per_chunk
-        chunk_size = max(1, min(per_chunk // max(dimension, batch_size, 1), _MAX_INT8_CHUNK))
-    # Chunks of one size, so that the last is not a sliver.
-    chunk_size = math.ceil(len(rows) / max(1, math.ceil(len(rows) / chunk_size))) or 1
+        chunk_size = _chunk_size(dimension, batch_size, arithmetic, reference.dtype, dense)
+    # Chunks of one size, so that the last is not a sliver; of a size that needs no padding, but for the last.
+    multiple = 32 if dense and chunk_size >= 32 else 1
+    chunk_size = math.ceil(len(rows) / max(1, math.ceil(len(rows) / chunk_size)) / multiple) * multiple or 1
     levels, rounded = reference.dtype == torch.uint8, arithmetic == "float32"
     # Only float32 products depend on the settings of the process.
     settings = full_precision if rounded else without_autocast
     with settings(noisy.device.type):
-        queries = Queries(noisy, alpha, sigma, levels, arithmetic, norms is not None or not rounded)
+        queries = Queries(noisy, alpha, sigma, levels, arithmetic, norms is not None or not rounded, dense)
         empty = torch.zeros(batch_size, dtype=torch.float64, device=noisy.device)
         total = torch.zeros(batch_size, dimension, dtype=torch.float64, device=noisy.device)
         state = PosteriorState(torch.full_like(empty, -torch.inf), empty, empty, total)
         for start in range(rows.start, rows.stop, chunk_size):
             chunk = slice(start, min(start + chunk_size, rows.stop))
-            images = reference[chunk].to(noisy.device, non_blocking=True).flatten(1)
-            images = levels_or_floats(images)
+            images = levels_or_floats(reference[chunk].to(noisy.device, non_blocking=True).flatten(1))
             if rounded:
                 images = images.to(torch.float32).contiguous()
             if norms is not None:
@@ -226,22 +159,31 @@ def posterior_state(
             if norms is None and not levels:
                 # NaN for the rows that use such a reference, and nothing for the others: 0 times infinity is NaN too.
                 unusable = ~known.isfinite()
-                # Elsewhere than on the CPU asking whether there are any would wait for the device.
-                if noisy.device.type != "cpu" or bool(unusable.any()):
+                # Where everything is dense asking whether there are any would wait for the device.
+                if dense or bool(unusable.any()):
                     images, known = images.masked_fill(unusable[:, None], 0), known.masked_fill(unusable, torch.nan)
-            if arithmetic == "float64":
-                images = images.to(torch.float64)
+            read = as_multiplied(images, arithmetic)
             usable = None if mask is None else mask[:, chunk].to(noisy.device)
-            if noisy.device.type == "cpu":
-                for rows_used, part in queries.sparse_states(images, known, usable, state.maximum):
+            if isinstance(read, Tensor) and not dense:
+                for rows_used, part in queries.sparse_states(read, known, usable, state.maximum):
                     state = state.merge_rows(rows_used, part)
             else:
-                logits = queries.logits(images, known)
+                logits = queries.logits(read, known)
                 if usable is not None:
                     logits = logits.masked_fill_(~usable, -torch.inf)
-                part = queries.state(logits, images)
+                part = queries.state(logits, read)
                 state = part if start == rows.start else state.merge(part)
     return state
+
+
+def _chunk_size(dimension: int, batch_size: int, arithmetic: Arithmetic, dtype: torch.dtype, dense: bool) -> int:
+    """How many references are handled at a time."""
+    if dense:
+        in_digits = arithmetic == "int8" and dtype != torch.uint8
+        elements = _DENSE_DIGITS_CHUNK_ELEMENTS if in_digits else _DENSE_CHUNK_ELEMENTS
+    else:
+        elements = _INT8_CHUNK_ELEMENTS if arithmetic == "int8" else _CHUNK_ELEMENTS
+    return max(1, min(elements // max(dimension, batch_size, 1), _MAX_INT8_CHUNK))
 
 
 def state_with_mirrors(
@@ -309,8 +251,11 @@ def coefficient_rows(alpha: Tensor | float, sigma: Tensor | float, noisy: Tensor
 def _check_arithmetic(arithmetic: str | None, dtype: torch.dtype, dimension: int, device_type: str) -> None:
     if arithmetic not in (None, "int8", "float32", "float64"):
         raise ValueError(f"arithmetic must be 'int8', 'float32', 'float64' or None; got {arithmetic!r}.")
-    if arithmetic == "int8" and dtype != torch.uint8:
-        raise TypeError(f"arithmetic='int8' is for uint8 references; got {dtype}. Leave it out.")
+    if arithmetic == "int8" and (dtype == torch.float64 or (device_type == "cpu" and dtype != torch.uint8)):
+        raise TypeError(
+            f"arithmetic='int8' is for uint8 references, and on accelerators for others but float64; got {dtype} and noisy "
+            f"images on {device_type}. Leave it out."
+        )
     if arithmetic == "float32" and (device_type != "cpu" or dtype == torch.float64):
         raise ValueError(
             f"arithmetic='float32' is for CPUs, and for references that are not float64; got {dtype} and noisy images on "
@@ -355,10 +300,11 @@ def posterior_mean(
         mask: (B, n) bool, which references a row may use. Default: all.
         chunk_size: references handled at a time. Default: few enough that a chunk's temporaries stay under about 200 MiB;
             those of the batch are up to 50 bytes for each of its values.
-        arithmetic: how the two products are computed. "float64"; "int8", for uint8 references: exact products of 32-bit
-            queries and weights, split into 8-bit digits, with the pixels; "float32", on CPUs: float32 products, and in
-            float64 what their errors could decide. Default: "int8" on CPUs that have fast instructions for it, "float32" on
-            others and for floating point references that are not float64, else "float64".
+        arithmetic: how the two products are computed. "float64"; "int8": exact products of queries and weights, as
+            integers of 8-bit digits, with pixels or, on accelerators, with floating point references as such integers;
+            "float32", on CPUs: float32 products, and in float64 what their errors could decide. Default: on CPUs "int8" for
+            pixels where there are fast instructions for it, else "float32"; on CUDA devices the fastest, which is measured
+            at the first call (or `STF_DIFFUSERS_ARITHMETIC` in the environment); for float64 references "float64".
 
     Returns:
         mean (B, ...) in float32 (float64 when `noisy` and `reference` both are), and effective_sample_size (B,),

@@ -17,8 +17,9 @@ MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for p
 
 # A module imports from earlier rows only. A new module is a new entry here; "*" stands for any ending.
 CORE = [
-    {"prediction", "noise_distribution", "integer_products", "metrics", "files"},
+    {"prediction", "noise_distribution", "integer_products", "metrics", "files", "precision"},
     {"chunk_states"},
+    {"arithmetic_choice"},
     {"posterior", "forward_process"},
     {"noise", "stored_rows", "adaptive_noise"},
     {"scheduler_process", "reference_batch", "reference_set", "denoising", "solvers"},
@@ -61,7 +62,12 @@ TRAINING: list[set[str]] = [
 LAYERS = [*CORE, *ABOVE_DIFFUSERS, *TRAINING]
 
 # Packages that one function needs, and imports itself.
-WHERE_USED = {"solvers": {"scipy"}, "dataset_images": {"numpy", "tqdm"}, "reference_bank": {"datasets"}}
+WHERE_USED = {
+    "solvers": {"scipy"},
+    "arithmetic_choice": {"huggingface_hub"},
+    "dataset_images": {"numpy", "tqdm"},
+    "reference_bank": {"datasets"},
+}
 
 
 def layer(module):

@@ -197,7 +197,11 @@ ERRORS = {
         ValueError,
         "for references that are not float64",
     ),
-    "int8 of floats": (dict(arithmetic="int8"), TypeError, "uint8 references; got torch.float32. Leave it out"),
+    "int8 of floats": (
+        dict(arithmetic="int8"),
+        TypeError,
+        "uint8 references, and on accelerators for others but float64; got torch.float32 and",
+    ),
     "int8 of one value": (
         dict(noisy=torch.zeros(2, 1), reference=torch.zeros(3, 1, dtype=torch.uint8), arithmetic="int8"),
         ValueError,

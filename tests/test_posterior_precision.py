@@ -122,7 +122,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, sys.argv[2])
 from oracles import posterior, problem
 from stf_diffusers import posterior_mean
-from stf_diffusers.posterior import full_precision
+from stf_diffusers.precision import full_precision
 
 def settings():
     backends = torch.backends
@@ -185,7 +185,7 @@ def test_inherited_settings_stay_inherited():
     """A later change of torch.backends.fp32_precision still reaches the products of the caller."""
     script = """
 import torch
-from stf_diffusers.posterior import full_precision
+from stf_diffusers.precision import full_precision
 torch.backends.fp32_precision = "tf32"
 with full_precision("cpu"):
     pass
@@ -200,7 +200,7 @@ def test_overlapping_threads_leave_the_settings_behind():
     """Two threads, of which either may leave first; inside both, products are exact."""
     script = """
 import threading, torch
-from stf_diffusers.posterior import full_precision
+from stf_diffusers.precision import full_precision
 torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "tf32"
 wrong = []
 

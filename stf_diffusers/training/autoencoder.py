@@ -17,7 +17,8 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor, nn
 
-from ..posterior import full_precision, pixels_to_float
+from ..posterior import pixels_to_float
+from ..precision import full_precision
 
 # Diffusers' autoencoders of single images whose config has the `scaling_factor` by which its pipelines divide, and
 # whether 1x1 convolutions on both sides of the latents can take a shift and a scale for each channel.

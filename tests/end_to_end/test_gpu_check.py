@@ -27,7 +27,7 @@ def test_it_runs_and_goes_on(tmp_path):
     subprocess.run(command, check=True, capture_output=True, env=environment, timeout=300)
     report = (tmp_path / "report.md").read_text()
     parts = {path.stem: json.loads(path.read_text())["rows"] for path in tmp_path.glob("*.json")}
-    assert set(parts) == {"accuracy", "waits", "steps", "speed", "trainings"}
+    assert set(parts) == {"accuracy", "choice", "waits", "steps", "speed", "trainings"}
     assert all(f"## {name}" in report for name in parts)
     assert all(row["worst"] < 1e-5 for row in parts["accuracy"])
     assert all(row["exit_code"] == 0 and (tmp_path / row["grid"]).is_file() for row in parts["trainings"])
