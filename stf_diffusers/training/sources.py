@@ -153,13 +153,14 @@ class IndexedImages(TrainingImages, Dataset):
     ) -> ReferenceBank:
         if path is not None:
             return self.bank_in_file(path, augmentation, process_shard, quiet)
-        if self.in_memory is None:
+        whole = self.in_memory
+        if whole is None:
             raise ValueError(
                 "reference='bank': the images do not fit into image_memory_gb=, or are cropped at random. Raise it, pass "
                 "center_crop= or reference_device='disk', or use reference='batch'."
             )
         return ReferenceBank(
-            self.in_memory,
+            whole,
             self.labels,
             device=device,
             augmentation=augmentation,
