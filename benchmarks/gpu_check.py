@@ -33,8 +33,9 @@ from posterior_mean import SIGMAS, ratio_of_pairs, smooth_pixels
 from study_cifar10 import write
 from torch import Tensor
 
-from stf_diffusers import EDM, ReferenceBank, STFTrainingObjective, posterior_mean
+from stf_diffusers import EDM, ReferenceBank, ReferenceBatchSampler, STFTrainingObjective, posterior_mean
 from stf_diffusers.arithmetic_choice import DENSE, measured, worst_error
+from stf_diffusers.training.device_images import DeviceImages
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -241,6 +242,8 @@ def waits(args: argparse.Namespace) -> list[dict[str, Any]]:
     bank, flipped = ReferenceBank(pixels), ReferenceBank(pixels, augmentation="horizontal_flip")
     labelled = ReferenceBank(pixels, labels.cpu())
     some, theirs = pixels[:BATCH], labels[:BATCH]
+    sampler = ReferenceBatchSampler(len(pixels), BATCH, min(4 * BATCH, len(pixels)), labels=labels)
+    batches = DeviceImages.of_bank(labelled, labels).batches_from(0, sampler, pin_memory=GPU)
     cases: dict[str, Callable[[], Any]] = {
         "no references": lambda: objective.perturb(some),
         "uint8 batch": lambda: objective.perturb(some, reference=pixels),
@@ -248,6 +251,7 @@ def waits(args: argparse.Namespace) -> list[dict[str, Any]]:
         "batch with classes": lambda: objective.perturb(some, reference=pixels, labels=theirs, reference_labels=labels),
         "bank": lambda: objective.perturb(some, reference=bank),
         "bank with mirrors": lambda: objective.perturb(some, reference=flipped),
+        "batch of a bank's images": lambda: next(batches),
         "bank with classes": lambda: objective.perturb(some, reference=labelled, labels=theirs.cpu()),
     }
     found = []

@@ -155,6 +155,7 @@ from stf_diffusers.training.checkpoints import (
 )
 from stf_diffusers.training.consistency_levels import search_for_images
 from stf_diffusers.training.data_set import load_split, public_name
+from stf_diffusers.training.device_images import images_on_device
 from stf_diffusers.training.evaluation import Evaluation
 from stf_diffusers.training.hub_upload import HubUpload
 from stf_diffusers.training.image_data import flip_at_random, open_images
@@ -286,6 +287,7 @@ def main(argv: list[str] | None = None) -> None:
                 reference_device=args.reference_device, share_reference=args.share_reference, bank_file=bank_file,
                 augmentation="horizontal_flip" if args.random_flip else "none", device=device, seed=args.seed, quiet=quiet, **places,
             )  # fmt: skip
+        batched = images_on_device(images, device, memory_gb=memory_gb, bank=references.bank)
         batches_per_epoch = len(references.sampler or ())
         images_per_step = args.gradient_accumulation_steps * args.train_batch_size * num_processes
         max_steps = args.max_train_steps or math.ceil(
@@ -353,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
             metrics_file = MetricsFile(output_dir / run_folder.METRICS, first_step)
         logger.info(
             "%s on %s with %s; %s; %.1f M parameters; %d steps of %d images; processes: %d.",
-            args.objective.upper(), process, references, images,
+            args.objective.upper(), process, references, batched,
             network.num_parameters() / 1e6, max_steps, images_per_step, num_processes,
         )  # fmt: skip
 
@@ -374,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- the loop
         log, target_share = TrainingLog(accelerator), TargetShare(device)
-        batches = images.batches_from(
+        batches = batched.batches_from(
             first_step * args.gradient_accumulation_steps,
             references.sampler,
             num_workers=args.dataloader_num_workers,

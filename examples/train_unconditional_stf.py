@@ -206,6 +206,7 @@ from stf_diffusers.training.checkpoints import (
 )
 from stf_diffusers.training.conditioning import reoriented
 from stf_diffusers.training.data_set import load_split, public_name
+from stf_diffusers.training.device_images import images_on_device
 from stf_diffusers.training.evaluation import Evaluation
 from stf_diffusers.training.hub_upload import HubUpload
 from stf_diffusers.training.image_data import flip_at_random, open_images
@@ -384,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
                     distribution, process, pixels, references, mirrored=flips, seed=args.seed, device=device,
                     memory_gb=memory_gb,
                 )  # fmt: skip
-        validation = None
+        bank, validation = references.bank, None
         if held_out is not None:
             bank = bank_for(
                 pixels,
@@ -400,6 +401,7 @@ def main(argv: list[str] | None = None) -> None:
                 validation_images=args.validation_images or 512, batch_size=sampling["batch_size"], seed=args.seed,
                 first_step=first_step,
             )  # fmt: skip
+        batched = images_on_device(images, device, memory_gb=memory_gb, bank=bank)
         batches_per_epoch = 0 if references.sampler is None else len(references.sampler)
         images_per_step = args.gradient_accumulation_steps * args.train_batch_size * num_processes
         max_steps = args.max_train_steps or math.ceil(
@@ -469,7 +471,7 @@ def main(argv: list[str] | None = None) -> None:
             metrics_file = MetricsFile(output_dir / run_folder.METRICS, first_step)
         logger.info(
             "%s on %s at %s noise levels with %s; %s; %.1f M parameters; %d steps of %d images; processes: %d.",
-            args.objective.upper(), process, distribution or "its own", references, images,
+            args.objective.upper(), process, distribution or "its own", references, batched,
             network.num_parameters() / 1e6, max_steps, images_per_step, num_processes,
         )  # fmt: skip
 
@@ -487,7 +489,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- the loop
         log, target_share = TrainingLog(accelerator), TargetShare(device)
-        batches = images.batches_from(
+        batches = batched.batches_from(
             first_step * args.gradient_accumulation_steps,
             references.sampler,
             num_workers=args.dataloader_num_workers,

@@ -148,6 +148,10 @@ class ReferenceBank(ReferenceSet):
         """Bytes of the images that this process holds."""
         return self.images.shape.numel() * self.images.dtype.itemsize
 
+    def rows_of(self, index: Tensor) -> Tensor:
+        """The bank's rows of positions in the images it was made of: (k,) int64 to (k,) int64, on the CPU."""
+        return index if self._order is None else self._order.argsort()[index]
+
     @torch.no_grad()
     def posterior_mean(
         self,
@@ -206,7 +210,7 @@ class ReferenceBank(ReferenceSet):
         noise level far below the distance of two pixels' levels, the posterior mean is the nearest image.
         """
         if source_index is not None and self.process_shard is None:
-            rows = self._rows_of(self._known_sources(source_index, clean))
+            rows = self.rows_of(self._known_sources(source_index, clean))
             nearest = pixels_to_float(take_rows(self.images, rows).to(clean.device))
             difference = (nearest - clean).flatten(1).abs().amax(1)
             if self._mirrored:
@@ -244,10 +248,6 @@ class ReferenceBank(ReferenceSet):
         if not bool(((index >= 0) & (index < self._num_images)).all()):
             raise ValueError(f"source_index must lie in [0, {self._num_images}); got {index.tolist()}.")
         return index
-
-    def _rows_of(self, index: Tensor) -> Tensor:
-        """The bank's rows of positions in the images it was made of."""
-        return index if self._order is None else self._order.argsort()[index]
 
     def _state(self, noisy: Tensor, alpha: Tensor, sigma: Tensor, labels: Tensor | None) -> PosteriorState:
         """The state of this process's images for (B, ...) noisy ones, class by class."""
@@ -290,7 +290,7 @@ class ReferenceBank(ReferenceSet):
             raise ValueError("subset_size needs a bank that is not sharded; a sharded one is used whole.")
         if sources is None:
             raise ValueError("subset_size needs source_index: the subset must contain the sources.")
-        rows = self._rows_of(draw_subset(sources, self._num_images, size, generator))
+        rows = self.rows_of(draw_subset(sources, self._num_images, size, generator))
         images, norms = take_rows(self.images, rows), self._norms[rows.to(self.device)]
         mask = None if labels is None or self._labels is None else same_class(labels, self._labels[rows])
         state = state_with_mirrors(noisy, images, alpha, sigma, self._mirrored, norms=norms, mask=mask)

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stf_diffusers import EDM, VE, VP, FlowMatching, ReferenceBank, STFTrainingObjective
+from stf_diffusers import EDM, VE, VP, FlowMatching, ReferenceBank, ReferenceBatchSampler, STFTrainingObjective
 from stf_diffusers.arithmetic_choice import VARIABLE
 from stf_diffusers.chunk_states import level_norms, squared_norms
 from stf_diffusers.reference_set import ReferenceBatch
 from stf_diffusers.training.conditioning import orient
+from stf_diffusers.training.device_images import DeviceImages
 
 # What only makes another view of a tensor, or finds memory for one.
 VIEWS = (
-    "view", "slice", "expand", "unsqueeze", "select", "permute", "transpose", "alias", "detach", "as_strided", "split",
+    "view", "slice", "expand", "unsqueeze", "aten.select.", "permute", "transpose", "alias", "detach", "as_strided", "split",
     "aten.t.", "unbind", "squeeze", "reshape", "empty",
 )  # fmt: skip
 
@@ -25,13 +26,15 @@ class Launches(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.count = self.bytes_sent = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         first = result[0] if isinstance(result, tuple | list) and result else result
         on_device = isinstance(first, torch.Tensor) and first.device.type == "meta"
         self.count += on_device and not any(name in str(function) for name in VIEWS)
+        if on_device and "copy" in str(function):
+            self.bytes_sent += sum(part.nbytes for part in args if torch.is_tensor(part) and part.device.type == "cpu")
         return result
 
 
@@ -113,6 +116,19 @@ def test_turned_images():
     turns = torch.empty(64, dtype=torch.int64, device="meta")
     orient(images(64), turns)  # its table is made once
     assert launches(lambda: orient(images(64), turns)) <= 4
+
+
+@pytest.mark.parametrize("rows", [None, torch.empty(50_000, dtype=torch.int64, device="meta")])
+def test_batches_of_images_on_the_device(rows):
+    """A step sends 4,096 positions, and gathers images and classes, those of a bank through its order."""
+    labels = torch.arange(50_000) % 10
+    resident = DeviceImages(images(50_000), labels.to("meta"), rows)
+    sampler = ReferenceBatchSampler(50_000, 64, 4096, labels=labels)
+    batches = resident.batches_from(3, sampler)
+    with Launches() as launched:
+        batch = next(batches)
+    assert batch["reference_images"].shape == (4096, 3, 32, 32) and batch["images"].device.type == "meta"
+    assert launched.bytes_sent == 4096 * 8 and launched.count == 3 + (rows is not None)
 
 
 def test_a_wait_would_be_seen():

@@ -52,7 +52,7 @@ TRAINING: list[set[str]] = [
         f"training.{name}"
         for name in ("noise_process", "sampling", "training_log", "references", "averages", "network", "optimizer")
     },
-    {f"training.{name}" for name in ("image_reader", "data_set", "checkpoints", "adaptive_levels")},
+    {f"training.{name}" for name in ("image_reader", "data_set", "device_images", "checkpoints", "adaptive_levels")},
     {"training.image_cache"},
     {"training.image_data"},
     {f"training.{name}" for name in ("streaming", "latents", "evaluation")},

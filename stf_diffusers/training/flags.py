@@ -169,7 +169,8 @@ def add_reference_flags(method: argparse._ArgumentGroup) -> None:
         help="Number of references per target, the batch itself included; per process, or of all processes together "
              "with --share_reference. Default: 4096, or all images if there are fewer.")
     method.add_argument("--reference_memory_gb", type=positive,
-        help="Largest bank, in GiB, that is chosen by default. Default: a quarter of the memory that is free.")
+        help="Largest bank, in GiB, that is chosen by default, or largest copy of the images on a GPU without one. Default: "
+             "a quarter of the memory that is free.")
     method.add_argument("--reference_device", choices=["cuda", "cpu", "disk"],
         help="Where the bank is kept: on the GPU, in pinned memory, or, for data larger than memory, in a file in "
              "output_dir. Default: the training device.")

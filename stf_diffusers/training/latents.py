@@ -10,7 +10,6 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +268,7 @@ class LatentColumn(IndexedImages):
 
     @property
     def read_alike(self) -> bool:
-        return self.in_memory is not None
+        return not self.sample and self.cache.mirrored_mean is None
 
     @property
     def fingerprint(self) -> str:
@@ -285,12 +284,12 @@ class LatentColumn(IndexedImages):
         """1, since the latents are normalised."""
         return 1.0
 
-    @cached_property
+    @property
     def in_memory(self) -> Tensor | None:
-        """(N, c, h, w) float32, all normalised latents; None where they are drawn."""
-        if self.sample or self.cache.mirrored_mean is not None:
-            return None
-        return self.scale.normalize(self.cache.mean)
+        """(N, c, h, w) float32, all normalised latents; None where they are drawn. Made anew for who asks: a bank or a
+        device has its own copy, and batches are read from the file.
+        """
+        return self.scale.normalize(self.cache.mean) if self.read_alike else None
 
     def digest(self, at_most: int = 256) -> str:
         content = hashlib.sha256(f"{sorted(self.cache.origin.items())} {self.sample} {self.scale}".encode())

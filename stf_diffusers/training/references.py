@@ -176,11 +176,12 @@ def _kind_that_fits(
     images: TrainingImages, parts: int, device: torch.device | str, reference_memory_gb: float | None
 ) -> Literal["batch", "bank"]:
     """A bank where it fits, else batches; said with the reason."""
-    if images.in_memory is None:
+    whole = images.in_memory
+    if whole is None:
         logger.info("References are read with each batch: the images are not in memory, decoded and always the same.")
         return "batch"
     allowed = reference_memory(device, parts) if reference_memory_gb is None else reference_memory_gb
-    needed = images.in_memory.nbytes / parts / 2**30
+    needed = whole.nbytes / parts / 2**30
     where = f"{needed:.3g} GiB on {torch.device(device).type}, and {allowed:.3g} GiB are allowed"
     if needed > allowed:
         logger.info("References are read with each batch: a bank of all images would take %s.", where)

@@ -6,7 +6,7 @@ A new kind of data is one class: a `TrainingImages`, or an `IndexedImages` where
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,13 +153,14 @@ class IndexedImages(TrainingImages, Dataset):
     ) -> ReferenceBank:
         if path is not None:
             return self.bank_in_file(path, augmentation, process_shard, quiet)
-        if self.in_memory is None:
+        whole = self.in_memory
+        if whole is None:
             raise ValueError(
                 "reference='bank': the images do not fit into image_memory_gb=, or are cropped at random. Raise it, pass "
                 "center_crop= or reference_device='disk', or use reference='batch'."
             )
         return ReferenceBank(
-            self.in_memory,
+            whole,
             self.labels,
             device=device,
             augmentation=augmentation,
@@ -170,34 +171,52 @@ class IndexedImages(TrainingImages, Dataset):
     def batches_from(
         self, position: int, sampler: ReferenceBatchSampler | None, *, num_workers: int = 0, pin_memory: bool = False
     ) -> Iterator[dict[str, Tensor]]:
-        if sampler is None:
-            raise ValueError("images that are read by indices need a sampler that lists them.")
+        sampler = required(sampler)
         loader = DataLoader(
             self,
             batch_sampler=sampler,
-            collate_fn=partial(
-                collate, ReferenceBatchCollator(sampler.num_sources, num_unconditional=sampler.num_unconditional)
-            ),
+            collate_fn=collator_of(sampler),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
         )
-        epoch, start = divmod(position, len(sampler))
-        while True:
-            sampler.set_epoch(epoch, start)
-            try:
-                with torch.device("cpu"):  # where the loader draws its seed, whatever the default device is
-                    batches = iter(loader)
-                yield from batches
-            except (EOFError, OSError, RuntimeError) as error:
-                if not num_workers:
-                    raise
-                # A worker that dies while it hands over a batch shows as a broken connection, and as nothing else.
-                raise RuntimeError(
-                    f"a DataLoader worker died, perhaps because memory ran out: {error!r}. Lower num_workers= or "
-                    "batch_size=; resume_from_checkpoint='latest' continues."
-                ) from error
-            epoch, start = epoch + 1, 0
+        yield from epochs_from(loader, sampler, position)
+
+
+def required(sampler: ReferenceBatchSampler | None) -> ReferenceBatchSampler:
+    """The sampler. Raises ValueError where there is none."""
+    if sampler is None:
+        raise ValueError("images that are read by indices need a sampler that lists them.")
+    return sampler
+
+
+def epochs_from(loader: DataLoader, sampler: ReferenceBatchSampler, position: int) -> Iterator[Any]:
+    """What a loader with this sampler gives from the batch `position` on, epoch after epoch without end.
+
+    Raises:
+        RuntimeError: a worker died.
+    """
+    epoch, start = divmod(position, len(sampler))
+    while True:
+        sampler.set_epoch(epoch, start)
+        try:
+            with torch.device("cpu"):  # where the loader draws its seed, whatever the default device is
+                batches = iter(loader)
+            yield from batches
+        except (EOFError, OSError, RuntimeError) as error:
+            if not loader.num_workers:
+                raise
+            # A worker that dies while it hands over a batch shows as a broken connection, and as nothing else.
+            raise RuntimeError(
+                f"a DataLoader worker died, perhaps because memory ran out: {error!r}. Lower num_workers= or "
+                "batch_size=; resume_from_checkpoint='latest' continues."
+            ) from error
+        epoch, start = epoch + 1, 0
+
+
+def collator_of(sampler: ReferenceBatchSampler) -> Callable[[Any], dict[str, Tensor]]:
+    """Lays out the columns of a list of the sampler."""
+    return partial(collate, ReferenceBatchCollator(sampler.num_sources, num_unconditional=sampler.num_unconditional))
 
 
 def collate(collator: ReferenceBatchCollator, columns: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from stf_diffusers.sde import sample_ancestral, sample_predictor_corrector
 from stf_diffusers.training.autoencoder import LatentScale, check_fit, fold_normalization
 from stf_diffusers.training.averages import ExponentialAverage, PostHocAverages, reconstruct, snapshots_of
 from stf_diffusers.training.conditioning import Conditioning
+from stf_diffusers.training.device_images import DeviceImages
 from stf_diffusers.training.image_data import open_images
 from stf_diffusers.training.latents import load_latents
 from stf_diffusers.training.noise_process import choose_process
@@ -58,6 +59,9 @@ def test_images_and_their_references(memory, tmp_path):
     assert 0.4 < found.standard_deviation < 0.7
     references = choose_references(found, 2, reference_batch_size=6)
     batch = next(found.batches_from(0, references.sampler))
+    if found.in_memory is not None:
+        gathered = next(DeviceImages(found.in_memory, found.labels).batches_from(0, references.sampler))
+        assert on_cpu(gathered) and gathered["index"].equal(batch["index"])
     assert on_cpu(batch) and np.array_equal(batch["images"][0].permute(1, 2, 0), PICTURES[batch["index"][0]])
     assert batch["reference_labels"].tolist()[:2] == [int(index) % 3 for index in batch["index"]]
 

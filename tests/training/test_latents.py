@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from stf_diffusers.training import latents
 from stf_diffusers.training.autoencoder import LatentScale, encode
+from stf_diffusers.training.device_images import DeviceImages
 from stf_diffusers.training.image_data import ImageColumn
 from stf_diffusers.training.image_reader import ImageReader
 from stf_diffusers.training.latents import LatentCache, LatentColumn
@@ -258,14 +259,18 @@ def test_latents_that_are_not_drawn(kind, caches):
     scale = scale_of(vae, cache, False)
     column = LatentColumn(cache, scale, sample=kind == "AutoencoderTiny")
     rows = [5, 2, 19]
-    assert torch.equal(column.__getitems__(rows)["images"], column.in_memory[rows])
+    whole = column.in_memory
+    assert torch.equal(column.__getitems__(rows)["images"], whole[rows]) and column.read_alike
+    gathered = DeviceImages.of_bank(column.make_bank(), None).columns(torch.tensor(rows))
+    assert torch.equal(column.__getitems__(rows)["images"], gathered["images"])
+    assert column.in_memory is not whole, "nobody keeps a copy of the file"
     assert torch.equal(column.__getitems__(rows)["images"], column.__getitems__(rows[::-1])["images"].flip(0))
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (scale.mean, scale.std))
     expected = (moments64(vae, image_column().images)[0] - mean) / std
     assert (column.in_memory - expected).abs().max() < 2e-5
     # Mirrors are chosen image by image, half the time.
     column = LatentColumn(mirrored, scale, sample=False)
-    assert column.in_memory is None
+    assert column.in_memory is None and not column.read_alike
     draws = column.__getitems__([4] * 2000)["images"]
     plain, flipped = (scale.normalize(part[4]) for part in (mirrored.mean, mirrored.mirrored_mean))
     is_plain, is_flipped = ((draws == part).flatten(1).all(1) for part in (plain, flipped))
