@@ -397,11 +397,13 @@ def main(argv: list[str] | None = None) -> None:
                 batch = next(batches)
                 log.waited(time.perf_counter() - started)
                 draws = partial(seeded_generator, device, args.seed, process_index, step, micro)
-                batch = send_to_device(batch, device, non_blocking=True)
+                # On the CPU: a bank finds the classes in question without waiting for the device.
+                conditions = seeded_generator(torch.device("cpu"), args.seed, process_index, step, micro, CONDITIONS)
+                labels, classes, _ = conditioning.draw(batch.get("labels"), args.train_batch_size, conditions)
+                batch, labels = send_to_device((batch, labels), device, non_blocking=True)
                 if args.random_flip:
                     batch["reference_images"] = flip_at_random(batch["reference_images"], draws(FLIPS))
                 sources = batch["reference_images"][: args.train_batch_size]
-                labels, classes, _ = conditioning.draw(batch.get("labels"), len(sources), draws(CONDITIONS))
                 with target_share.targets():
                     pair = objective.perturb(
                         sources, stage=stage, generator=draws(NOISE), **references.of(batch, classes)

@@ -509,11 +509,13 @@ def main(argv: list[str] | None = None) -> None:
                 log.waited(time.perf_counter() - started)
                 draws = partial(seeded_generator, device, args.seed, process_index, step, micro)
                 torch.manual_seed(seed_for(args.seed, process_index, step, micro, DROPOUT))
-                batch = send_to_device(batch, device, non_blocking=True)
+                # On the CPU: a bank finds the classes in question without waiting for the device.
+                conditions = seeded_generator(torch.device("cpu"), args.seed, process_index, step, micro, CONDITIONS)
+                labels, classes, orientation = conditioning.draw(batch.get("labels"), args.train_batch_size, conditions)
+                batch, labels, orientation = send_to_device((batch, labels, orientation), device, non_blocking=True)
                 if flips:
                     batch["reference_images"] = flip_at_random(batch["reference_images"], draws(FLIPS))
                 sources = batch["reference_images"][: args.train_batch_size]
-                labels, classes, orientation = conditioning.draw(batch.get("labels"), len(sources), draws(CONDITIONS))
                 with target_share.targets():
                     perturbed = objective.perturb(sources, generator=draws(NOISE), **references.of(batch, classes))
                     perturbed = reoriented(perturbed, orientation)

@@ -54,7 +54,7 @@ class ReferenceRows(Protocol):
 def take_rows(reference: ReferenceRows, rows: Tensor) -> Tensor:
     """The rows (k,), in that order."""
     if isinstance(reference, Tensor):
-        return reference.index_select(0, rows.to(reference.device))
+        return reference.index_select(0, rows.to(reference.device, non_blocking=True))
     return torch.cat([reference[slice(row, row + 1)] for row in rows.tolist()])
 
 
@@ -112,7 +112,6 @@ def posterior_state(
     *,
     mask: Tensor | None = None,
     norms: Tensor | None = None,
-    rows: range | None = None,
     chunk_size: int | None = None,
     arithmetic: Arithmetic | None = None,
     dense: bool | None = None,
@@ -125,12 +124,11 @@ def posterior_state(
         alpha, sigma: (B,) float64 on the device of `noisy`.
         mask: (B, n) bool.
         norms: (n,) `squared_norms` of the references, where they are known.
-        rows: the references to use. Default: all.
         chunk_size, arithmetic: as for `posterior_mean`.
         dense: as for `Queries`: nothing depends on values, so that nothing waits for the device. Default: but on CPUs.
     """
     batch_size, dimension = noisy.shape
-    rows = range(reference.shape[0]) if rows is None else rows
+    n = reference.shape[0]
     dense = noisy.device.type != "cpu" if dense is None else dense
     if arithmetic is None:
         arithmetic = choose_arithmetic(noisy.device, reference.dtype, dimension)
@@ -138,7 +136,7 @@ def posterior_state(
         chunk_size = _chunk_size(dimension, batch_size, arithmetic, reference.dtype, dense)
     # Chunks of one size, so that the last is not a sliver; of a size that needs no padding, but for the last.
     multiple = 32 if dense and chunk_size >= 32 else 1
-    chunk_size = math.ceil(len(rows) / max(1, math.ceil(len(rows) / chunk_size)) / multiple) * multiple or 1
+    chunk_size = math.ceil(n / max(1, math.ceil(n / chunk_size)) / multiple) * multiple or 1
     levels, rounded = reference.dtype == torch.uint8, arithmetic == "float32"
     # Only float32 products depend on the settings of the process.
     settings = full_precision if rounded else without_autocast
@@ -147,13 +145,13 @@ def posterior_state(
         empty = torch.zeros(batch_size, dtype=torch.float64, device=noisy.device)
         total = torch.zeros(batch_size, dimension, dtype=torch.float64, device=noisy.device)
         state = PosteriorState(torch.full_like(empty, -torch.inf), empty, empty, total)
-        for start in range(rows.start, rows.stop, chunk_size):
-            chunk = slice(start, min(start + chunk_size, rows.stop))
+        for start in range(0, n, chunk_size):
+            chunk = slice(start, min(start + chunk_size, n))
             images = levels_or_floats(reference[chunk].to(noisy.device, non_blocking=True).flatten(1))
             if rounded:
                 images = images.to(torch.float32).contiguous()
             if norms is not None:
-                known = norms[chunk].to(noisy.device)
+                known = norms[chunk].to(noisy.device, non_blocking=True)
             else:
                 known = rounded_norms(images, levels) if rounded else squared_norms(images)
             if norms is None and not levels:
@@ -172,7 +170,7 @@ def posterior_state(
                 if usable is not None:
                     logits = logits.masked_fill_(~usable, -torch.inf)
                 part = queries.state(logits, read)
-                state = part if start == rows.start else state.merge(part)
+                state = state.merge(part) if start else part
     return state
 
 
@@ -195,15 +193,14 @@ def state_with_mirrors(
     *,
     mask: Tensor | None = None,
     norms: Tensor | None = None,
-    rows: range | None = None,
 ) -> PosteriorState:
     """The `posterior_state` of references and, if they are asked for, their mirrors; noisy (B, ..., W)."""
     if not mirrors:
-        return posterior_state(noisy.flatten(1), reference, alpha, sigma, norms=norms, rows=rows, mask=mask)
+        return posterior_state(noisy.flatten(1), reference, alpha, sigma, norms=norms, mask=mask)
     # A mirrored image against x_t is the image against the mirrored x_t: one pass over the images serves both.
     both = torch.cat([noisy, noisy.flip(-1)]).flatten(1)
     mask = None if mask is None else mask.repeat(2, 1)
-    state = posterior_state(both, reference, alpha.repeat(2), sigma.repeat(2), norms=norms, rows=rows, mask=mask)
+    state = posterior_state(both, reference, alpha.repeat(2), sigma.repeat(2), norms=norms, mask=mask)
     plain, mirrored = state[: len(noisy)], state[len(noisy) :]
     mirrored.weighted_sum = mirrored.weighted_sum.view(noisy.shape).flip(-1).flatten(1)
     return plain.merge(mirrored)

@@ -23,6 +23,7 @@ from .posterior import (
     state_with_mirrors,
     take_rows,
 )
+from .reference_classes import rows_of_classes, same_class, state_by_class
 from .reference_set import (
     ReferenceSet,
     check_integers,
@@ -30,8 +31,6 @@ from .reference_set import (
     checked_labels,
     draw_subset,
     merged_over_processes,
-    rows_of_classes,
-    same_class,
     shard_rows,
 )
 
@@ -120,7 +119,8 @@ class ReferenceBank(ReferenceSet):
         if augmentation != "none" and len(images.shape) < 3:
             raise ValueError(f"flips need images (N, ..., H, W); got {tuple(images.shape)}. Pass augmentation='none'.")
         self.images: ReferenceRows = images
-        self._norms, self._order = norms, order
+        self._norms = self._sent_norms = norms
+        self._order = order
         self.augmentation, self.process_shard = augmentation, process_shard
         self._num_images, self._labels = total, labels
         self.class_rows = {} if labels is None else rows_of_classes(labels, shard_rows(total, process_shard))
@@ -250,17 +250,15 @@ class ReferenceBank(ReferenceSet):
         return index
 
     def _state(self, noisy: Tensor, alpha: Tensor, sigma: Tensor, labels: Tensor | None) -> PosteriorState:
-        """The state of this process's images for (B, ...) noisy ones, class by class."""
+        """The state of this process's images for (B, ...) noisy ones with labels (B,) on the CPU."""
+        if self._sent_norms.device != noisy.device:  # once: sending them with each chunk would wait
+            self._sent_norms = self._norms.to(noisy.device)
+        norms = self._sent_norms
         if labels is None:
-            return state_with_mirrors(noisy, self.images, alpha, sigma, self._mirrored, norms=self._norms)
-        where, states = [], []
-        for label in sorted(set(labels.tolist())):
-            of = (labels == label).nonzero().flatten().to(noisy.device)
-            rows = None if label == -1 else self.class_rows[label]
-            where.append(of)
-            of_class = (noisy[of], self.images, alpha[of], sigma[of], self._mirrored)
-            states.append(state_with_mirrors(*of_class, norms=self._norms, rows=rows))
-        return PosteriorState.cat(states)[torch.cat(where).argsort()]
+            return state_with_mirrors(noisy, self.images, alpha, sigma, self._mirrored, norms=norms)
+        return state_by_class(
+            noisy, self.images, self.class_rows, alpha, sigma, labels, mirrors=self._mirrored, norms=norms
+        )
 
     def _joined_state(self, noisy: Tensor, alpha: Tensor, sigma: Tensor, joined: Tensor) -> PosteriorState:
         """The state of each row's own image alone."""
@@ -291,7 +289,7 @@ class ReferenceBank(ReferenceSet):
         if sources is None:
             raise ValueError("subset_size needs source_index: the subset must contain the sources.")
         rows = self.rows_of(draw_subset(sources, self._num_images, size, generator))
-        images, norms = take_rows(self.images, rows), self._norms[rows.to(self.device)]
+        images, norms = take_rows(self.images, rows), self._norms[rows.to(self.device, non_blocking=True)]
         mask = None if labels is None or self._labels is None else same_class(labels, self._labels[rows])
         state = state_with_mirrors(noisy, images, alpha, sigma, self._mirrored, norms=norms, mask=mask)
         return state.result_like(noisy, images.dtype)

@@ -23,6 +23,7 @@ from .posterior import (
     posterior_mean,
     posterior_state,
 )
+from .reference_classes import same_class
 
 
 class ReferenceSet(ABC):
@@ -292,7 +293,7 @@ def shard_rows(total: int, process_shard: tuple[int, int] | None) -> range:
     return range(index * total // count, (index + 1) * total // count)
 
 
-# ---- subsets and labels
+# ---- subsets, shapes and labels
 
 
 def draw_subset(sources: Tensor, total: int, size: int, generator: torch.Generator | None) -> Tensor:
@@ -311,22 +312,6 @@ def draw_subset(sources: Tensor, total: int, size: int, generator: torch.Generat
     rest = torch.ones(total, dtype=torch.bool, device="cpu").index_fill_(0, sources, False).nonzero().flatten()
     others = rest[torch.randperm(len(rest), generator=generator, device="cpu")[: size - len(sources)]]
     return torch.cat([sources, others])
-
-
-def same_class(labels: Tensor, reference_labels: Tensor) -> Tensor:
-    """(B, n) bool: which references a row of each label uses, those of its class, and of label -1 all."""
-    return (labels[:, None] == reference_labels[None]) | (labels == -1)[:, None]
-
-
-def rows_of_classes(labels: Tensor, part: range) -> dict[int, range]:
-    """The rows of each class within `part` of (N,) sorted labels, counted from its start."""
-    classes, counts = labels.unique_consecutive(return_counts=True)
-    ends = counts.cumsum(0)
-    found = {}
-    for label, *bounds in zip(classes.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True):
-        start, end = (min(max(bound, part.start), part.stop) - part.start for bound in bounds)
-        found[label] = range(start, end)
-    return found
 
 
 def check_noisy_like(noisy: Tensor, shape: tuple[int, ...]) -> None:

@@ -58,7 +58,8 @@ def images(n, dtype=torch.uint8):
 def bank(n, dtype=torch.uint8, labels=None, augmentation="none"):
     """A bank on the device, of images without data."""
     made = ReferenceBank(torch.zeros(n, 1, 1, 2, dtype=dtype), labels, augmentation=augmentation)
-    made.images, made._norms = images(n, dtype), made._norms.to("meta")
+    made._norms = made._sent_norms = made._norms.to("meta")
+    made.images = images(n, dtype)
     return made
 
 
@@ -96,6 +97,31 @@ def test_bank_of_50000(dtype, augmentation, arithmetic):
     assert launches(lambda: objective.perturb(source, reference=references)) - alone <= ceiling * chunks
 
 
+@pytest.mark.parametrize(("classes", "in_question"), [(10, range(10)), (1000, range(0, 640, 10))])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_bank_with_classes(classes, in_question, dropped, arithmetic):
+    """One pass over the images of the classes in question, and one over all where a class is dropped, however many there are."""
+    references = bank(50_000, labels=torch.arange(50_000) % classes)
+    noisy, level = images(64, torch.float32), torch.empty(64, device="meta")
+    labels = torch.tensor(list(in_question)).repeat(64)[:64]
+    labels[:5] = torch.where(torch.tensor(dropped), -1, labels[:5])
+    step = lambda: references.posterior_mean(noisy, 1.0, level, labels=labels)  # noqa: E731
+    chunks = -(-50_000 * 3072 // 2**24)
+    in_classes = -(-50 * 64 * 3072 // 2**24) if classes == 1000 else chunks
+    assert launches(step) <= 60 * (in_classes + dropped * chunks) + 40
+
+
+def test_bank_on_the_cpu():
+    """Of what is sent at a second call, all but the images is small: their norms lie on the device."""
+    references = ReferenceBank(torch.zeros(10_000, 3, 2, 2, dtype=torch.uint8))
+    noisy, level = torch.empty(4, 3, 2, 2, device="meta"), torch.empty(4, device="meta")
+    for allowed in (100_000, 1000):
+        with Launches() as launched:
+            references.posterior_mean(noisy, 1.0, level)
+        assert launched.bytes_sent <= references.nbytes + allowed
+    assert launched.bytes_sent >= references.nbytes
+
+
 def test_subset_of_a_bank(arithmetic):
     """Drawn on the CPU, as are the positions of the sources."""
     references, noisy = bank(50_000), images(64, torch.float32)
@@ -120,15 +146,15 @@ def test_turned_images():
 
 @pytest.mark.parametrize("rows", [None, torch.empty(50_000, dtype=torch.int64, device="meta")])
 def test_batches_of_images_on_the_device(rows):
-    """A step sends 4,096 positions, and gathers images and classes, those of a bank through its order."""
+    """A step sends 4,096 positions and gathers images, those of a bank through its order."""
     labels = torch.arange(50_000) % 10
-    resident = DeviceImages(images(50_000), labels.to("meta"), rows)
+    resident = DeviceImages(images(50_000), labels, rows)
     sampler = ReferenceBatchSampler(50_000, 64, 4096, labels=labels)
     batches = resident.batches_from(3, sampler)
     with Launches() as launched:
         batch = next(batches)
     assert batch["reference_images"].shape == (4096, 3, 32, 32) and batch["images"].device.type == "meta"
-    assert launched.bytes_sent == 4096 * 8 and launched.count == 3 + (rows is not None)
+    assert launched.bytes_sent == 4096 * 8 and launched.count == 2 + (rows is not None)
 
 
 def test_a_wait_would_be_seen():

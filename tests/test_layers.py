@@ -21,7 +21,7 @@ CORE = [
     {"chunk_states"},
     {"arithmetic_choice"},
     {"posterior", "forward_process"},
-    {"noise", "stored_rows", "adaptive_noise"},
+    {"noise", "stored_rows", "adaptive_noise", "reference_classes"},
     {"scheduler_process", "reference_batch", "reference_set", "denoising", "solvers"},
     {"dataset_images", "consistency_sampling"},
     {"bank_file"},

@@ -21,7 +21,7 @@ class DeviceImages:
 
     Attributes:
         images: (N, C, H, W) as they are read each time, which may be those of a bank.
-        labels: (N,) int64 classes on the same device, by position in the data set; None without classes.
+        labels: (N,) int64 classes on the CPU, by position in the data set; None without classes.
         rows: (N,) int64 on the same device, the row of `images` at which each position of the data set is. None: the same.
     """
 
@@ -48,12 +48,12 @@ class DeviceImages:
         if labels is None:  # only a bank with classes has another order
             return cls(bank.images)
         rows = bank.rows_of(torch.arange(len(bank), device="cpu"))
-        return cls(bank.images, labels.to(bank.device), rows.to(bank.device))
+        return cls(bank.images, labels, rows.to(bank.device))
 
     def columns(self, index: Tensor) -> dict[str, Tensor]:
-        """What `IndexedImages.__getitems__` gives for the positions (n,) int64, on the images' device."""
-        index = index.to(self.images.device, non_blocking=True)
-        rows = index if self.rows is None else self.rows.index_select(0, index)
+        """What `IndexedImages.__getitems__` gives for the positions (n,) int64 on the CPU, the images on their device."""
+        there = index.to(self.images.device, non_blocking=True)
+        rows = there if self.rows is None else self.rows.index_select(0, there)
         columns = {"images": self.images.index_select(0, rows), "index": index}
         if self.labels is not None:
             columns["label"] = self.labels.index_select(0, index)
@@ -62,7 +62,7 @@ class DeviceImages:
     def batches_from(
         self, position: int, sampler: ReferenceBatchSampler | None, *, num_workers: int = 0, pin_memory: bool = False
     ) -> Iterator[dict[str, Tensor]]:
-        """As `TrainingImages.batches_from`, on the images' device. Workers would have nothing to read: there are none.
+        """As `TrainingImages.batches_from`, the images on their device. Workers would have nothing to read: there are none.
 
         Raises:
             ValueError: there is no sampler.
@@ -109,4 +109,4 @@ def images_on_device(
     whole = images.in_memory
     if whole is None or whole.nbytes + (0 if bank is None else bank.nbytes) > memory_gb * 2**30:
         return images
-    return DeviceImages(whole.to(device), None if images.labels is None else images.labels.to(device))
+    return DeviceImages(whole.to(device), images.labels)

@@ -45,13 +45,14 @@ class References:
 
         Args:
             batch: "reference_images" (n, ...), flipped where images are, and with classes "reference_labels" (n,).
-            labels: (B,) classes of the sources, -1 where they are dropped.
+            labels: (B,) classes of the sources, -1 where they are dropped; on the CPU, so that a bank need not wait for them.
         """
         if self.kind == "none":
             return {"reference": None}
         if self.bank is not None:
             return {"reference": self.bank, "labels": labels}
         images, reference_labels = batch["reference_images"], batch.get("reference_labels")
+        labels = None if labels is None else labels.to(images.device, non_blocking=True)
         if self.shared:
             return {"reference": SharedReferences(images, reference_labels), "labels": labels}
         return {
