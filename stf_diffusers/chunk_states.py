@@ -74,12 +74,8 @@ class PosteriorState:
         fields = zip(vars(self).values(), vars(merged).values(), strict=True)
         return PosteriorState(*(mine.index_copy(0, rows, new) for mine, new in fields))
 
-    def rescaled(self, maximum: Tensor) -> PosteriorState:
-        """The same state relative to another (larger) `maximum` (B,)."""
-        state = self._relative_to(maximum.masked_fill(maximum.isneginf(), 0))
-        return PosteriorState(maximum, *list(vars(state).values())[1:])
-
     def _relative_to(self, base: Tensor) -> PosteriorState:
+        """The same state relative to another (larger) `base` (B,)."""
         factor = (self.maximum - base).exp_()
         return PosteriorState(
             base, self.normalizer * factor, self.squares * factor.square(), self.weighted_sum * factor[:, None]

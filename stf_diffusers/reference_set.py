@@ -1,13 +1,15 @@
 """Reference sets: one batch, or the batches that the processes of a run share.
 
 The only collectives of the package are here: with the references spread over processes, the noisy images of all
-processes are gathered, each process computes the state of its own references for them, and the states are merged.
+processes are gathered, each process computes the state of its own references for them, and sends each process the states of
+its rows, which that merges.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -253,24 +255,39 @@ def merged_over_processes(
             "references are spread over processes, and there is no process group. Start with `accelerate launch` (or "
             "torchrun) and make an Accelerator first, or leave process_shard out."
         )
-    rank, sizes = dist.get_rank(), _gather_sizes(len(noisy), noisy.device)
-    longest = max(sizes)
+    sizes = _gather_sizes(len(noisy), noisy.device)
+    exact = torch.stack([alpha, sigma, *([] if labels is None else [labels.to(sigma)])], 1)
+    mine = _packed(exact, noisy.flatten(1))
+    padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(noisy), mine.shape[1])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    everyones = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    exact, rows = _unpacked(everyones, exact.shape[1], noisy.dtype)
+    of_all = None if labels is None else exact[:, 2].to(torch.int64).cpu()
+    local = state(rows.view(-1, *noisy.shape[1:]), exact[:, 0], exact[:, 1], of_all)
 
-    def everyones(rows: Tensor) -> Tensor:
-        padded = torch.cat([rows, rows.new_ones(longest - len(rows), *rows.shape[1:])]).contiguous()
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    # Each process gets its rows' states of all, and merges them in one order: the sums are the same on every backend.
+    dtype = torch.float64 if noisy.dtype == torch.float64 else torch.float32
+    scalars = torch.stack([local.maximum, local.normalizer, local.squares], 1)
+    sent = _packed(scalars, local.weighted_sum.to(dtype))
+    received = sent.new_empty(len(sizes) * len(noisy), sent.shape[1])
+    dist.all_to_all_single(received, sent, [len(noisy)] * len(sizes), sizes)
+    states = []
+    for part in received.split(len(noisy)):
+        scalars, weighted_sum = _unpacked(part, 3, dtype)
+        maximum, normalizer, squares = scalars.unbind(1)
+        states.append(PosteriorState(maximum, normalizer, squares, weighted_sum.to(torch.float64)))
+    return reduce(PosteriorState.merge, states)
 
-    everyones_labels = None if labels is None else everyones(labels.to(noisy.device)).cpu()
-    local = state(everyones(noisy), everyones(alpha), everyones(sigma), everyones_labels)
-    maximum = local.maximum.clone()
-    dist.all_reduce(maximum, dist.ReduceOp.MAX)
-    local = local.rescaled(maximum)
-    for field in (local.normalizer, local.squares, local.weighted_sum):
-        dist.all_reduce(field)
-    start = sum(sizes[:rank])
-    return local[start : start + len(noisy)]
+
+def _packed(exact: Tensor, values: Tensor) -> Tensor:
+    """Rows of float64 (B, k) and of another dtype (B, D) side by side, as bytes, for one collective."""
+    return torch.cat([part.contiguous().view(torch.uint8) for part in (exact, values)], 1)
+
+
+def _unpacked(rows: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `_packed` has put side by side."""
+    return rows[:, : 8 * k].contiguous().view(torch.float64), rows[:, 8 * k :].contiguous().view(dtype)
 
 
 def _gather_sizes(size: int, device: torch.device) -> list[int]:
