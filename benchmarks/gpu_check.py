@@ -183,7 +183,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def steps(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Images per second in the manner of Diffusers' script, by DSM and by STF, and the share of the targets in the last."""
+    """Images per second in the manner of Diffusers' script, by DSM and by STF, also with channels last, and the share of the targets in the last."""
     objective, scheduler, found = STFTrainingObjective(EDM()), DDPMScheduler(), []
     network = _network()
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
@@ -201,10 +201,11 @@ def steps(args: argparse.Namespace) -> list[dict[str, Any]]:
             loss = F.mse_loss(network(scheduler.add_noise(clean, noise, timesteps), timesteps).sample.float(), noise)
         finish(loss)
 
-    def our_step(pixels: Tensor, reference: Any) -> None:
+    def our_step(pixels: Tensor, reference: Any, memory_format: torch.memory_format = torch.contiguous_format) -> None:
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             batch = objective.perturb(pixels, reference=reference)
-            loss = objective.loss(network(batch.model_input, batch.timestep).sample, batch)
+            noisy = batch.model_input.contiguous(memory_format=memory_format)
+            loss = objective.loss(network(noisy, batch.timestep).sample, batch)
         finish(loss)
 
     for n in SIZES:
@@ -219,15 +220,19 @@ def steps(args: argparse.Namespace) -> list[dict[str, Any]]:
                 partial(diffusers_step, clean),
                 partial(our_step, sources, None),
                 partial(our_step, sources, reference),
+                partial(our_step, sources, reference, torch.channels_last),
                 partial(objective.perturb, sources, reference=reference),
                 partial(objective.perturb, sources),
             ]
             rounds = [[_seconds(call) for call in calls] for _ in range(args.pairs + 1)]
-            theirs, dsm, stf, target, alone = (statistics.median(times) for times in zip(*rounds[1:], strict=True))
+            theirs, dsm, stf, last, target, alone = (
+                statistics.median(times) for times in zip(*rounds[1:], strict=True)
+            )
             found.append(
                 {
                     "n": n, "references": name, "diffusers_images_per_second": BATCH / theirs,
                     "dsm_images_per_second": BATCH / dsm, "stf_images_per_second": BATCH / stf,
+                    "channels_last_images_per_second": BATCH / last,
                     "share_of_targets": (target - alone) / stf,
                 }
             )  # fmt: skip

@@ -160,7 +160,7 @@ from stf_diffusers.training.evaluation import Evaluation
 from stf_diffusers.training.hub_upload import HubUpload
 from stf_diffusers.training.image_data import flip_at_random, open_images
 from stf_diffusers.training.launch import make_accelerator, start_logging
-from stf_diffusers.training.network import choose_network, pretrained_metadata
+from stf_diffusers.training.network import choose_network, compute_channels_last, pretrained_metadata
 from stf_diffusers.training.noise_process import choose_process
 from stf_diffusers.training.optimizer import allow_tf32, make_optimizer
 from stf_diffusers.training.pipeline_saver import PipelineSaver
@@ -261,6 +261,8 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        if args.channels_last:
+            compute_channels_last(network)
         diffusers_pipeline(network, process, **sampling_range)  # an impossible range fails now, not after the training
         sampling = {
             "seed": args.seed, "batch_size": args.eval_batch_size or args.train_batch_size, "num_inference_steps": 1,

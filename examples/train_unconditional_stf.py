@@ -212,7 +212,7 @@ from stf_diffusers.training.hub_upload import HubUpload
 from stf_diffusers.training.image_data import flip_at_random, open_images
 from stf_diffusers.training.latents import load_latents
 from stf_diffusers.training.launch import make_accelerator, start_logging
-from stf_diffusers.training.network import choose_network, pretrained_metadata
+from stf_diffusers.training.network import choose_network, compute_channels_last, pretrained_metadata
 from stf_diffusers.training.noise_process import (
     DISCRETE_PARAMETERS,
     choose_distribution,
@@ -334,6 +334,8 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        if args.channels_last:
+            compute_channels_last(network)
         # An impossible range, combination or number of steps fails now, not after the training.
         timesteps = diffusers_pipeline(network, process, vae=vae, **sampling_range).scheduler.config[
             "num_train_timesteps"

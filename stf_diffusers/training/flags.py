@@ -29,7 +29,7 @@ KEPT_FLAGS = (
     "class_dropout", "use_ema", "ema_inv_gamma", "ema_power", "ema_max_decay", "post_hoc_ema",
 )  # fmt: skip
 # A resumed run may change these; it is told that it does.
-NOTICED_FLAGS = ("allow_tf32", "compile", "gradient_checkpointing")
+NOTICED_FLAGS = ("allow_tf32", "channels_last", "compile", "gradient_checkpointing")
 
 # How images are read: arguments of `open_images` and `open_stream`.
 READING_FLAGS = (
@@ -213,6 +213,8 @@ def add_compute_flags(network: argparse._ArgumentGroup) -> None:
         help="Recompute activations in the backward pass, to save memory.")
     network.add_argument("--compile", action="store_true", help="Compile the network with torch.compile.")
     network.add_argument("--allow_tf32", action="store_true", help="Use TF32 in the network; targets stay exact.")
+    network.add_argument("--channels_last", action="store_true",
+        help="Compute the network with the channels of each pixel side by side in memory; what is saved is not.")
     network.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="Precision of the network. Default: that of `accelerate config`.")
 

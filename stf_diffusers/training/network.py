@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
+from torch import nn
 
 from ..export import DIT_NULL_LABEL, Network, read_metadata
 from .conditioning import Conditioning
@@ -209,3 +211,15 @@ def fit_network(network: Network, shape: tuple[int, int, int], conditioning: Con
             f"time_embedding_type {config['time_embedding_type']!r} takes the logarithm of timesteps that are negative "
             "or 0 here; use 'positional'."
         )
+
+
+def compute_channels_last(network: nn.Module) -> None:
+    """Have a network convert its images (B, C, H, W) to channels-last, which its layers then pass on.
+
+    The weights stay as they are, so that what is saved, averaged or reduced over processes is not concerned.
+    """
+
+    def convert(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:]
+
+    network.register_forward_pre_hook(convert)

@@ -67,6 +67,7 @@ CASES = {
     "class_conditional": ("", "--class_conditional", "metadata num_classes"),
     "gradient_checkpointing": ("", "--gradient_checkpointing", "nothing"),
     "allow_tf32": ("", "--allow_tf32", "tf32"),
+    "channels_last": ("", "--channels_last", "weights"),
     "mixed_precision": ("", "--mixed_precision bf16", "weights"),
     "seed": ("", "--seed 1", "weights"),
     "train_batch_size": ("", "--train_batch_size 6", "weights"),

@@ -9,7 +9,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from exact_networks import small_unet
 from stf_diffusers import EDM
 from stf_diffusers.export import diffusers_pipeline, save_pipeline
-from stf_diffusers.training.network import PRESETS, new_network, pretrained_network
+from stf_diffusers.training.network import PRESETS, compute_channels_last, new_network, pretrained_network
 from tiny import TINY, TINY_TRANSFORMER
 
 
@@ -103,3 +103,17 @@ def test_a_pretrained_network_keeps_its_weights_and_fits_or_is_refused(tmp_path)
     save_pipeline(diffusers_pipeline(saved, EDM()), tmp_path / "broken")
     with pytest.raises(ValueError, match="weights are not finite"):
         pretrained_network(str(tmp_path / "broken"), (3, 8, 8))
+
+
+def test_channels_last_in_the_network_alone():
+    """Its layers get them, and neither its weights nor their gradients are in another order."""
+    network, seen = small_unet(3, 8), []
+    images, times = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2)
+    before = network(images, times).sample
+    network.mid_block.resnets[0].conv1.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0]))
+    compute_channels_last(network)
+    after = network(images, times).sample
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and not seen[0].is_contiguous()
+    after.square().sum().backward()
+    assert all(weight.is_contiguous() for weight in network.state_dict().values())
