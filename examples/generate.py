@@ -62,6 +62,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -129,7 +130,7 @@ def read(path: Path) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     try:
         pipeline = STFPipeline.from_pretrained(args.model).to(state.device)
     # Missing folders, missing files and what is not a pipeline each raise another error in Diffusers and the Hub's client.

@@ -66,6 +66,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from torch import Tensor
 
@@ -174,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     check_writable(args.output_dir)
     paths, how = find_samples(args)
     samples = read(paths)

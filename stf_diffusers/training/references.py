@@ -169,7 +169,7 @@ def choose_references(
         pin_memory=place == "cpu" and training_device.type == "cuda",
         quiet=quiet,
     )
-    where = {"disk": "in a file", "cpu": "in memory", "cuda": "of GPU memory"}[place]
+    where = {"disk": "in a file", "cpu": "in memory"}.get(place, "of GPU memory")
     return References("bank", bank.num_references, sampler, bank, shared, where)
 
 
