@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import reduce
+from datetime import timedelta
+from functools import cache, reduce
 
 import torch
 import torch.distributed as dist
@@ -255,15 +256,11 @@ def merged_over_processes(
             "references are spread over processes, and there is no process group. Start with `accelerate launch` (or "
             "torchrun) and make an Accelerator first, or leave process_shard out."
         )
-    sizes = _gather_sizes(len(noisy), noisy.device)
-    exact = torch.stack([alpha, sigma, *([] if labels is None else [labels.to(sigma)])], 1)
+    sizes, of_all = _sizes_and_labels(len(noisy), labels)
+    exact = torch.stack([alpha, sigma], 1)
     mine = _packed(exact, noisy.flatten(1))
-    padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(noisy), mine.shape[1])])
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    everyones = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    exact, rows = _unpacked(everyones, exact.shape[1], noisy.dtype)
-    of_all = None if labels is None else exact[:, 2].to(torch.int64).cpu()
+    everyones = _gathered(mine, sizes)
+    exact, rows = _unpacked(everyones, 2, noisy.dtype)
     local = state(rows.view(-1, *noisy.shape[1:]), exact[:, 0], exact[:, 1], of_all)
 
     # Each process gets its rows' states of all, and merges them in one order: the sums are the same on every backend.
@@ -290,10 +287,27 @@ def _unpacked(rows: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return rows[:, : 8 * k].contiguous().view(torch.float64), rows[:, 8 * k :].contiguous().view(dtype)
 
 
-def _gather_sizes(size: int, device: torch.device) -> list[int]:
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([size], device=device))
-    return torch.cat(sizes).tolist()
+def _gathered(mine: Tensor, sizes: list[int], group: dist.ProcessGroup | None = None) -> Tensor:
+    """The rows of all processes, of which each has so many."""
+    padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(mine), *mine.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _sizes_and_labels(size: int, labels: Tensor | None) -> tuple[list[int], Tensor | None]:
+    """The number of rows of each process, and the labels of all on the CPU; exchanged there, without waiting for a device."""
+    group = None if dist.get_backend() == dist.Backend.GLOO else _gloo_group(dist.group.WORLD)
+    one_each = [1] * dist.get_world_size()
+    sizes = _gathered(torch.tensor([size], device="cpu"), one_each, group).tolist()
+    return sizes, None if labels is None else _gathered(labels.cpu(), sizes, group)
+
+
+@cache
+def _gloo_group(world: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A group of the same processes as the default one, `world`, for tensors on the CPU."""
+    # Longer than whatever one process may do alone between two steps.
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
 
 def shard_rows(total: int, process_shard: tuple[int, int] | None) -> range:
