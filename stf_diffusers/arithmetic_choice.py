@@ -18,6 +18,7 @@ from torch import Tensor
 from .chunk_states import Arithmetic, Queries, as_multiplied, squared_norms
 from .files import replacing
 from .integer_products import TERMS, centred_levels, cpu_multiplies_int8
+from .precision import without_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +145,10 @@ def measured(device: torch.device, levels: bool, candidates: Sequence[Arithmetic
 def _mean(noisy: Tensor, images: Tensor, sigma: Tensor, arithmetic: Arithmetic) -> Tensor:
     """Posterior means (B, D) over one chunk of references (n, D), int8 levels or float32."""
     levels = images.dtype == torch.int8
-    queries = Queries(noisy, torch.ones_like(sigma), sigma, levels, arithmetic, dense=True)
-    read = as_multiplied(images, arithmetic)
-    state = queries.state(queries.logits(read, squared_norms(images)), read)
+    with without_autocast(noisy.device.type):
+        queries = Queries(noisy, torch.ones_like(sigma), sigma, levels, arithmetic, dense=True)
+        read = as_multiplied(images, arithmetic)
+        state = queries.state(queries.logits(read, squared_norms(images)), read)
     return state.result(torch.float64, centred_levels=levels).mean
 
 
@@ -154,10 +156,14 @@ def worst_error(device: torch.device, levels: bool, arithmetic: Arithmetic) -> f
     """Largest error of a posterior mean on the device, against differences in float64 on the CPU.
 
     For noise levels from 0.002 to 80 and sources with copies, some of which differ in one bit, among black and white images
-    and others; sizes are odd.
+    and others; in sizes that need padding and in others.
     """
+    return max(_worst_error(n, dimension, device, levels, arithmetic) for n, dimension in ((1025, 3069), (1024, 3072)))
+
+
+def _worst_error(n: int, dimension: int, device: torch.device, levels: bool, arithmetic: Arithmetic) -> float:
     generator = torch.Generator("cpu").manual_seed(0)
-    pixels = torch.randint(0, 256, (301, 3 * 17 * 19), generator=generator, dtype=torch.uint8, device="cpu")
+    pixels = torch.randint(0, 256, (n, dimension), generator=generator, dtype=torch.uint8, device="cpu")
     pixels[100:102] = torch.tensor([[0], [255]], dtype=torch.uint8, device="cpu")
     sigma = torch.tensor([0.002, 0.02, 0.2, 1.0, 3.0, 10.0, 80.0, 0.002, 5.0], dtype=torch.float64, device="cpu")
     for row in range(len(sigma)):

@@ -46,20 +46,20 @@ def test_products_that_a_device_lacks_are_left_out(monkeypatch, caplog, tmp_path
 def test_the_choice_is_kept(tmp_path, caplog):
     """It is measured once; another device, and a file of something else, are measured anew."""
     with caplog.at_level("INFO"):
-        first = chosen_by_file({"device": "a"}, CPU, False, str(tmp_path))
-        assert len(caplog.records) == 1 and "Products with floating point references are in" in caplog.text
-        assert chosen_by_file({"device": "a"}, CPU, False, str(tmp_path)) == first
+        first = chosen_by_file({"device": "a"}, CPU, True, str(tmp_path))
+        assert len(caplog.records) == 1 and "Products with uint8 references are in" in caplog.text
+        assert chosen_by_file({"device": "a"}, CPU, True, str(tmp_path)) == first
         assert len(caplog.records) == 1
         (path,) = tmp_path.rglob("*.json")
         found = json.loads(path.read_text())
         assert found["device"] == "a" and set(found["milliseconds"]) == {"float64", "int8"}
         path.write_text(json.dumps(found | {"chosen": "int8" if first == "float64" else "float64"}))
-        assert chosen_by_file({"device": "a"}, CPU, False, str(tmp_path)) != first, "what the file says is used"
-        for broken in ("", "[]", '{"chosen": "float16"}', '{"chosen": 3}'):
+        assert chosen_by_file({"device": "a"}, CPU, True, str(tmp_path)) != first, "what the file says is used"
+        for broken in ("[]", '{"chosen": 3}'):
             path.write_text(broken)
-            assert chosen_by_file({"device": "a"}, CPU, False, str(tmp_path)) == first
+            assert chosen_by_file({"device": "a"}, CPU, True, str(tmp_path)) == first
             assert json.loads(path.read_text())["chosen"] == first
-        chosen_by_file({"device": "b"}, CPU, False, str(tmp_path))
+        chosen_by_file({"device": "b"}, CPU, True, str(tmp_path))
     assert len(list(tmp_path.rglob("*.json"))) == 2
 
 

@@ -103,7 +103,9 @@ def test_processes_give_the_same_targets(world, tmp_path):
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     random.seed(0)
-    if torch.distributed.get_world_size() == 3:  # as on GPUs, where what the CPU has to know goes over a group of its own
+    if (
+        torch.distributed.get_world_size() == 3
+    ):  # as on GPUs, where what the CPU has to know goes over a group of its own
         torch.distributed.get_backend = lambda: "nccl"
     distributed_results(torch.distributed.get_rank(), torch.distributed.get_world_size(), sys.argv[1])
     torch.distributed.destroy_process_group()
