@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from functools import cache
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -60,16 +60,19 @@ def choose_arithmetic(device: torch.device, dtype: torch.dtype, dimension: int) 
         return "float64"
     if named:
         return "int8" if named == "int8" else "float64"
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
         return "float64"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _chosen(torch.device("cuda", index), dtype == torch.uint8)
+    known = torch.cuda.current_device() if device.index is None else device.index, dtype == torch.uint8
+    if known not in _CHOSEN:
+        if torch.cuda.is_current_stream_capturing():  # where nothing can be timed
+            return "float64"
+        place = torch.device("cuda", known[0])
+        _CHOSEN[known] = chosen_by_file(_description(place), place, known[1])
+    return _CHOSEN[known]
 
 
-@cache
-def _chosen(device: torch.device, levels: bool) -> Arithmetic:
-    """The one in this device's file, which is written if it is missing."""
-    return chosen_by_file(_description(device), device, levels)
+# By index of the device, and whether references are uint8 pixels.
+_CHOSEN: dict[tuple[int, bool], Arithmetic] = {}
 
 
 def _description(device: torch.device) -> dict[str, str]:
@@ -89,6 +92,8 @@ def chosen_by_file(
 ) -> Arithmetic:
     """What the file for a device says, or else the fastest by `measured`, which it then says.
 
+    Processes that begin together wait for the one that measures, and choose alike.
+
     Args:
         description: identifies the device.
         device: the device.
@@ -96,29 +101,44 @@ def chosen_by_file(
         cache_dir: cache of assets, if not Hugging Face's.
     """
     from huggingface_hub import cached_assets_path
+    from huggingface_hub.utils import WeakFileLock
 
     key = description | {"references": "uint8" if levels else "floating point"}
     name = f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+    with ExitStack() as stack:
+        path = None
+        try:
+            path = cached_assets_path("stf_diffusers", "arithmetic", assets_dir=cache_dir) / name
+            stack.enter_context(WeakFileLock(path.with_suffix(".lock")))
+        except (OSError, ValueError) as error:  # where a file is in the way of the folder, it is a ValueError
+            logger.warning("What is measured is not kept: %s. %s says it beforehand.", error, VARIABLE)
+            path = None
+        if path is not None and (kept := _read(path)) is not None:
+            return kept
+        try:
+            milliseconds = measured(device, levels)
+        except torch.OutOfMemoryError as error:
+            logger.warning("Products are in float64 on %s, where there is no room to measure others: %s", device, error)
+            return "float64"
+        fastest = min(milliseconds, key=lambda arithmetic: milliseconds[arithmetic])
+        arithmetic: Arithmetic = fastest if milliseconds[fastest] * _GAIN < milliseconds["float64"] else "float64"
+        times = ", ".join(f"{name} {value:.3g} ms" for name, value in milliseconds.items())
+        logger.info("Products with %s references are in %s on %s: %s.", key["references"], arithmetic, device, times)
+        if path is not None:
+            with suppress(OSError), replacing(path) as place:
+                place.write_text(
+                    json.dumps(key | {"chosen": arithmetic, "milliseconds": milliseconds}, indent=2) + "\n"
+                )
+        return arithmetic
+
+
+def _read(path: Path) -> Arithmetic | None:
+    """What a file says; None where it is missing, or not one of these."""
     try:
-        chosen = json.loads(
-            (cached_assets_path("stf_diffusers", "arithmetic", assets_dir=cache_dir) / name).read_text()
-        )
-        if chosen["chosen"] in DENSE:
-            return "int8" if chosen["chosen"] == "int8" else "float64"
+        chosen = json.loads(path.read_text())["chosen"]
+        return next((name for name in DENSE if name == chosen), None)
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # missing, or not one of these files: it is written again
-    milliseconds = measured(device, levels)
-    fastest = min(milliseconds, key=lambda arithmetic: milliseconds[arithmetic])
-    faster = milliseconds[fastest] * _GAIN < milliseconds["float64"]
-    arithmetic: Arithmetic = fastest if faster else "float64"
-    times = ", ".join(f"{name} {value:.3g} ms" for name, value in milliseconds.items())
-    logger.info("Products with %s references are in %s on %s: %s.", key["references"], arithmetic, device, times)
-    try:
-        with replacing(cached_assets_path("stf_diffusers", "arithmetic", assets_dir=cache_dir) / name) as place:
-            place.write_text(json.dumps(key | {"chosen": arithmetic, "milliseconds": milliseconds}, indent=2) + "\n")
-    except (OSError, ValueError) as error:  # where a file is in the way of the folder, it is a ValueError
-        logger.warning("This choice is not kept: %s. %s=%s says it beforehand.", error, VARIABLE, arithmetic)
-    return arithmetic
+        return None
 
 
 def measured(device: torch.device, levels: bool, candidates: Sequence[Arithmetic] = DENSE) -> dict[Arithmetic, float]:
@@ -126,6 +146,9 @@ def measured(device: torch.device, levels: bool, candidates: Sequence[Arithmetic
 
     A candidate other than float64 that cannot be computed on the device, or whose mean errs by more than 1e-5 on planted
     near-duplicates and extremes, is left out, which is said in the log.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for it.
     """
     found: dict[Arithmetic, float] = {}
     for arithmetic in candidates:
@@ -135,7 +158,9 @@ def measured(device: torch.device, levels: bool, candidates: Sequence[Arithmetic
                 logger.warning("%s is not used on %s: its worst error is %.3g.", arithmetic, device, worst)
                 continue
             found[arithmetic] = _milliseconds(device, levels, arithmetic)
-        except RuntimeError as error:  # not there on this device, or out of memory
+        except torch.OutOfMemoryError:  # says nothing of the device
+            raise
+        except RuntimeError as error:
             if arithmetic == "float64":
                 raise
             logger.info("%s is not used on %s: %s", arithmetic, device, str(error).splitlines()[0])

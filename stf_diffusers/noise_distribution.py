@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -141,6 +142,17 @@ class LogitNormal(NoiseDistribution):
         return torch.where(inside, log, torch.full_like(log, -math.inf))
 
 
+@lru_cache(maxsize=32)
+def _tables_of(
+    levels: tuple[float, ...], weights: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ln of the levels, weights, and their sums from below; sent once, because a copy waits for the device."""
+    edges = torch.tensor(levels, dtype=torch.float64, device=device).log()
+    shares = torch.tensor(weights, dtype=torch.float64, device=device)
+    below = torch.cat([shares.new_zeros(1), shares.cumsum(0)])
+    return edges, shares, below / below[-1]
+
+
 @dataclass(frozen=True)
 class Piecewise(NoiseDistribution):
     """A density that is constant between neighbouring levels.
@@ -179,10 +191,7 @@ class Piecewise(NoiseDistribution):
         return cls((low, high), (1.0,))
 
     def _tables(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        edges = torch.tensor(self.levels, dtype=torch.float64, device=like.device).log()
-        weights = torch.tensor(self.weights, dtype=torch.float64, device=like.device)
-        below = torch.cat([weights.new_zeros(1), weights.cumsum(0)])
-        return edges, weights, below / below[-1]
+        return _tables_of(self.levels, self.weights, like.device)
 
     def cdf(self, log_level: Tensor) -> Tensor:
         edges, weights, below = self._tables(log_level)

@@ -33,7 +33,7 @@ from .precision import full_precision, without_autocast
 # Elements of a chunk of references. A CPU is fastest where the float64 chunk (16 MiB), or the bytes, stay in its cache;
 # other devices where there are few chunks (128 MiB in float64 or, of floating point references, as digits).
 _CHUNK_ELEMENTS, _INT8_CHUNK_ELEMENTS = 2**21, 2**22
-_DENSE_CHUNK_ELEMENTS, _DENSE_DIGITS_CHUNK_ELEMENTS = 2**24, 2**23
+DENSE_CHUNK_ELEMENTS, DENSE_DIGITS_CHUNK_ELEMENTS = 2**24, 2**23
 
 # References of a chunk whose weights are rounded to 2^-32 of the chunk's largest: 4e-6 in the mean at worst.
 _MAX_INT8_CHUNK = 2**14
@@ -134,10 +134,13 @@ def posterior_state(
         arithmetic = choose_arithmetic(noisy.device, reference.dtype, dimension)
     if chunk_size is None:
         chunk_size = _chunk_size(dimension, batch_size, arithmetic, reference.dtype, dense)
+    if arithmetic == "int8":
+        chunk_size = min(chunk_size, _MAX_INT8_CHUNK)
     # Chunks of one size, so that the last is not a sliver; of a size that needs no padding, but for the last.
     multiple = 32 if dense and chunk_size >= 32 else 1
     chunk_size = math.ceil(n / max(1, math.ceil(n / chunk_size)) / multiple) * multiple or 1
     levels, rounded = reference.dtype == torch.uint8, arithmetic == "float32"
+    mask = None if mask is None else mask.to(noisy.device, non_blocking=True)
     # Only float32 products depend on the settings of the process.
     settings = full_precision if rounded else without_autocast
     with settings(noisy.device.type):
@@ -161,7 +164,7 @@ def posterior_state(
                 if dense or bool(unusable.any()):
                     images, known = images.masked_fill(unusable[:, None], 0), known.masked_fill(unusable, torch.nan)
             read = as_multiplied(images, arithmetic)
-            usable = None if mask is None else mask[:, chunk].to(noisy.device)
+            usable = None if mask is None else mask[:, chunk]
             if isinstance(read, Tensor) and not dense:
                 for rows_used, part in queries.sparse_states(read, known, usable, state.maximum):
                     state = state.merge_rows(rows_used, part)
@@ -178,10 +181,10 @@ def _chunk_size(dimension: int, batch_size: int, arithmetic: Arithmetic, dtype: 
     """How many references are handled at a time."""
     if dense:
         in_digits = arithmetic == "int8" and dtype != torch.uint8
-        elements = _DENSE_DIGITS_CHUNK_ELEMENTS if in_digits else _DENSE_CHUNK_ELEMENTS
+        elements = DENSE_DIGITS_CHUNK_ELEMENTS if in_digits else DENSE_CHUNK_ELEMENTS
     else:
         elements = _INT8_CHUNK_ELEMENTS if arithmetic == "int8" else _CHUNK_ELEMENTS
-    return max(1, min(elements // max(dimension, batch_size, 1), _MAX_INT8_CHUNK))
+    return max(1, elements // max(dimension, batch_size, 1))
 
 
 def state_with_mirrors(
@@ -225,7 +228,10 @@ def coefficient_rows(alpha: Tensor | float, sigma: Tensor | float, noisy: Tensor
     rows = []
     for name, value in (("alpha", alpha), ("sigma", sigma)):
         try:
-            vector = torch.as_tensor(value, dtype=torch.float64, device=noisy.device)
+            if isinstance(value, float | int):  # sending a number would wait for the device
+                vector = torch.full((), value, dtype=torch.float64, device=noisy.device)
+            else:
+                vector = torch.as_tensor(value, dtype=torch.float64, device=noisy.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"{name} must be a number or a tensor ({len(noisy)},); got {type(value).__name__}."
@@ -309,7 +315,7 @@ def posterior_mean(
 
     Raises:
         TypeError: not a tensor, a dtype that is neither floating point nor (for `reference`) uint8, or a
-            mask that is not bool; or "int8" for references that are not uint8.
+            mask that is not bool; or "int8" for references of float64 or, on the CPU, that are not uint8.
         ValueError: shapes that do not fit, an empty reference set, or, on the CPU, a sigma that is not positive or a
             row whose mask leaves nothing (elsewhere those rows are NaN: checking would wait for the device).
     """

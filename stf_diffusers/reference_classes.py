@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .posterior import PosteriorState, ReferenceRows, state_with_mirrors
+from .posterior import DENSE_CHUNK_ELEMENTS, PosteriorState, ReferenceRows, state_with_mirrors
 
 
 def same_class(labels: Tensor, reference_labels: Tensor) -> Tensor:
@@ -27,15 +27,16 @@ def rows_of_classes(labels: Tensor, part: range) -> dict[int, range]:
 
 
 class SelectedRows:
-    """Parts of references (n, ...), one after the other, joined when they are sliced.
+    """Parts of references (n, ...), one after the other, joined on a device when they are sliced.
 
     Args:
         reference: the references.
         ranges: rows of them, ascending and apart.
+        device: where parts are sent before they are joined: page-locked memory stays in use.
     """
 
-    def __init__(self, reference: ReferenceRows, ranges: Sequence[range]) -> None:
-        self.reference, self.dtype = reference, reference.dtype
+    def __init__(self, reference: ReferenceRows, ranges: Sequence[range], device: torch.device) -> None:
+        self.reference, self.dtype, self.device = reference, reference.dtype, device
         self.ranges: list[range] = []
         for rows in ranges:  # neighbours are read together
             if self.ranges and self.ranges[-1].stop == rows.start:
@@ -49,10 +50,10 @@ class SelectedRows:
         for part in self.ranges:
             inside = part[max(start - first, 0) : max(stop - first, 0)]
             if len(inside):
-                parts.append(self.reference[inside.start : inside.stop])
+                parts.append(self.reference[inside.start : inside.stop].to(self.device, non_blocking=True))
             first += len(part)
         if not parts:
-            return self.reference[0:0]
+            return self.reference[0:0].to(self.device)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -66,7 +67,7 @@ def state_by_class(
     *,
     mirrors: bool,
     norms: Tensor,
-    one_pass: bool | None = None,
+    together: int | None = None,
 ) -> PosteriorState:
     """The state of references (n, ...) sorted by class, of which each noisy image (B, ...) uses those of its own.
 
@@ -74,12 +75,12 @@ def state_by_class(
         noisy, reference, alpha, sigma, mirrors, norms: as for `state_with_mirrors`.
         class_rows: the rows of each class.
         labels: (B,) int64 on the CPU, classes of `class_rows`; -1 uses all references.
-        one_pass: go through the references of all classes in question together, in few launches. Otherwise, which is the
-            default on CPUs, class by class: that is less arithmetic.
+        together: how many images of small classes one product goes through, so that there are few launches. Default: as many
+            as a chunk has elsewhere than on CPUs, and there the least arithmetic, each class by itself.
     """
-    classes = sorted(set(labels.tolist()) - {-1})
-    one_pass = noisy.device.type != "cpu" if one_pass is None else one_pass
-    groups = [classes] if one_pass and classes else [[label] for label in classes]
+    if together is None:
+        together = 1 if noisy.device.type == "cpu" else max(1, DENSE_CHUNK_ELEMENTS // noisy[0].numel())
+    groups = _groups(sorted(set(labels.tolist()) - {-1}), class_rows, together)
     where, states = [], []
     for group in [[-1], *groups] if bool((labels == -1).any()) else groups:
         rows = torch.isin(labels, torch.tensor(group, device="cpu")).nonzero().flatten()
@@ -87,7 +88,7 @@ def state_by_class(
         images, known, mask = reference, norms, None
         if group != [-1]:
             ranges = [class_rows[label] for label in group]
-            images, known = SelectedRows(reference, ranges), SelectedRows(norms, ranges)[:]
+            images, known = SelectedRows(reference, ranges, noisy.device), SelectedRows(norms, ranges, noisy.device)[:]
             if len(group) > 1:
                 sizes = torch.tensor([group, [len(part) for part in ranges]], device="cpu")
                 of_images = torch.repeat_interleave(*sizes.to(noisy.device, non_blocking=True), output_size=len(known))
@@ -96,3 +97,18 @@ def state_by_class(
         rows_of_group = noisy[there], images, alpha[there], sigma[there], mirrors
         states.append(state_with_mirrors(*rows_of_group, norms=known, mask=mask))
     return PosteriorState.cat(states)[torch.cat(where).argsort().to(noisy.device, non_blocking=True)]
+
+
+def _groups(classes: Sequence[int], class_rows: Mapping[int, range], most: int) -> list[list[int]]:
+    """Classes in order, in groups of at most so many images, or of one class."""
+    groups: list[list[int]] = []
+    images = 0
+    for label in classes:
+        size = len(class_rows[label])
+        if groups and images + size <= most:
+            groups[-1].append(label)
+            images += size
+        else:
+            groups.append([label])
+            images = size
+    return groups

@@ -284,7 +284,11 @@ def _packed(exact: Tensor, values: Tensor) -> Tensor:
 
 def _unpacked(rows: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What `_packed` has put side by side."""
-    return rows[:, : 8 * k].contiguous().view(torch.float64), rows[:, 8 * k :].contiguous().view(dtype)
+    # Copies: what has one row is contiguous as it is, and bytes of another width beside it cannot be viewed.
+    exact, values = (
+        part.clone(memory_format=torch.contiguous_format) for part in rows.split([8 * k, rows.shape[1] - 8 * k], 1)
+    )
+    return exact.view(torch.float64), values.view(dtype)
 
 
 def _gathered(mine: Tensor, sizes: list[int], group: dist.ProcessGroup | None = None) -> Tensor:

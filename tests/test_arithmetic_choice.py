@@ -49,7 +49,7 @@ def test_the_choice_is_kept(tmp_path, caplog):
         first = chosen_by_file({"device": "a"}, CPU, True, str(tmp_path))
         assert len(caplog.records) == 1 and "Products with uint8 references are in" in caplog.text
         assert chosen_by_file({"device": "a"}, CPU, True, str(tmp_path)) == first
-        assert len(caplog.records) == 1
+        assert len(caplog.records) == 1, "the second time nothing is measured"
         (path,) = tmp_path.rglob("*.json")
         found = json.loads(path.read_text())
         assert found["device"] == "a" and set(found["milliseconds"]) == {"float64", "int8"}
@@ -65,8 +65,23 @@ def test_the_choice_is_kept(tmp_path, caplog):
 
 def test_a_cache_that_cannot_be_written(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    chosen = chosen_by_file({"device": "a"}, CPU, True, str(tmp_path / "file"))
-    assert "This choice is not kept: " in caplog.text and f"{VARIABLE}={chosen}" in caplog.text
+    assert chosen_by_file({"device": "a"}, CPU, True, str(tmp_path / "file")) in ("int8", "float64")
+    assert "What is measured is not kept: " in caplog.text and f"{VARIABLE} says it" in caplog.text
+
+
+def test_no_room_is_not_kept(monkeypatch, caplog, tmp_path):
+    """A full GPU is one of today, and its arithmetic for long."""
+    product = torch._int_mm
+
+    def full(left, right):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(integer_products.torch, "_int_mm", full)
+    assert chosen_by_file({"device": "a"}, CPU, True, str(tmp_path)) == "float64"
+    assert "no room to measure others: CUDA out of memory" in caplog.text and not list(tmp_path.rglob("*.json"))
+    monkeypatch.setattr(integer_products.torch, "_int_mm", product)
+    chosen_by_file({"device": "a"}, CPU, True, str(tmp_path))
+    assert list(tmp_path.rglob("*.json"))
 
 
 def test_named_in_the_environment(monkeypatch):

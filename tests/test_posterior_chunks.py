@@ -79,6 +79,14 @@ def test_ties_between_distant_pixels():
         assert worst(posterior_mean(noisy, pixels, alpha=1.0, sigma=sigma, chunk_size=chunk_size).mean, expected) < 1e-5
 
 
+def test_chunks_that_integers_have_no_room_for():
+    """32-bit sums of more than 2^17 products wrap, and rounding of weights adds up before."""
+    pixels = torch.zeros(300_000, 4, dtype=torch.uint8)
+    for chunk_size in (131_000, 300_000):
+        found = posterior_mean(-torch.ones(2, 4), pixels, alpha=1.0, sigma=1.0, chunk_size=chunk_size, arithmetic="int8")
+        assert (found.mean + 1).abs().max() < 4e-6
+
+
 def test_many_small_weights():
     """One near image and 65,535 others of weight about 2^-32: together they matter."""
     pixels = torch.zeros(65_536, 64, dtype=torch.uint8)

@@ -66,30 +66,36 @@ def test_classes(sort, flips):
 @pytest.mark.parametrize("flips", [False, True])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("asked", [[3, 1, 1, -1, 0, 3, 2], [2, 2, 2, 2, 2, 2, 2], [-1] * 7, [0, 1, 2, 3, 0, 1, 2]])
-def test_all_classes_in_one_pass(asked, dtype, flips):
+def test_classes_together(asked, dtype, flips):
     """As accelerators have it, gaps between the classes and classes without images on this process among them."""
     images = pixels() if dtype == torch.uint8 else pixels() / 127.5 - 1
     noisy, asked = noised(images).double(), torch.tensor(asked)
     sigma, alpha = SIGMA.double(), torch.ones(7, dtype=torch.float64)
     class_rows = {0: range(0, 9), 1: range(9, 9), 2: range(9, 11), 3: range(11, 30)}
     norms = reference_norms(images)
-    by_class, together = (
-        state_by_class(noisy, images, class_rows, alpha, sigma, asked, mirrors=flips, norms=norms, one_pass=one_pass)
-        for one_pass in (False, True)
+    by_class, *grouped = (
+        state_by_class(noisy, images, class_rows, alpha, sigma, asked, mirrors=flips, norms=norms, together=together)
+        for together in (1, 11, 19, 100)
     )
-    for field in ("maximum", "normalizer", "squares", "weighted_sum"):
-        torch.testing.assert_close(getattr(together, field), getattr(by_class, field), rtol=1e-6, atol=1e-6)
+    for together in grouped:
+        for field in ("maximum", "normalizer", "squares", "weighted_sum"):
+            torch.testing.assert_close(getattr(together, field), getattr(by_class, field), rtol=1e-6, atol=1e-6)
 
 
 def test_selected_rows():
     rows = torch.arange(100).view(50, 2)
     ranges = [range(3, 3), range(4, 7), range(7, 9), range(20, 21), range(30, 45)]
-    selected, expected = SelectedRows(rows, ranges), torch.cat([rows[part.start : part.stop] for part in ranges])
+    selected, expected = (
+        SelectedRows(rows, ranges, rows.device),
+        torch.cat([rows[part.start : part.stop] for part in ranges]),
+    )
     assert selected.shape == (21, 2) and selected.dtype == torch.int64
     for start in range(21):
         for stop in range(start, 22):
             assert selected[start:stop].equal(expected[start:stop])
-    assert selected[:].equal(expected) and SelectedRows(rows, [range(0, 50)])[:].data_ptr() == rows.data_ptr()
+    assert (
+        selected[:].equal(expected) and SelectedRows(rows, [range(0, 50)], rows.device)[:].data_ptr() == rows.data_ptr()
+    )
 
 
 def test_other_classes_are_not_touched(monkeypatch):

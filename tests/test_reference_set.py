@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from banks import SIGMA, SOURCES, exact, noised, pixels
+from banks import SIGMA, SOURCES, compare, exact, expected_mean, noised, pixels
 from oracles import normal, worst
 from stf_diffusers import EDM, ReferenceBank, ReferenceBatchSampler, SharedReferences, STFTrainingObjective
 
@@ -53,6 +53,10 @@ def distributed_results(rank, world, folder):
         bank.check_sources(exact(images)[SOURCES[mine]].float(), None, None)
         classes = ReferenceBank(images, labels, augmentation=flips, process_shard=shard)
         results[f"classes {flips}"] = classes.posterior_mean(noisy, 1.0, sigma, labels=asked[mine])
+    # A row for each process, of an odd number of values.
+    narrow, one = images[:, :1, :, :5].contiguous(), slice(3, 4)
+    found = ReferenceBank(narrow, process_shard=shard).posterior_mean(noised(narrow)[one], 1.0, SIGMA[one])
+    compare(found, expected_mean(noised(narrow)[one], narrow, SIGMA[one]))
     opened = ReferenceBank.open(Path(folder) / "bank.safetensors", process_shard=shard)
     results["file"] = opened.posterior_mean(noisy, 1.0, sigma, labels=asked[mine])
     batch = STFTrainingObjective(EDM()).perturb(

@@ -219,7 +219,9 @@ def compute_channels_last(network: nn.Module) -> None:
     The weights stay as they are, so that what is saved, averaged or reduced over processes is not concerned.
     """
 
-    def convert(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:]
+    def convert(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not inputs:
+            return inputs, named | {"sample": named["sample"].contiguous(memory_format=torch.channels_last)}
+        return (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:]), named
 
-    network.register_forward_pre_hook(convert)
+    network.register_forward_pre_hook(convert, with_kwargs=True)

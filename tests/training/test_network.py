@@ -113,6 +113,7 @@ def test_channels_last_in_the_network_alone():
     network.mid_block.resnets[0].conv1.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0]))
     compute_channels_last(network)
     after = network(images, times).sample
+    assert torch.equal(network(sample=images, timestep=times).sample, after)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
     assert seen[0].is_contiguous(memory_format=torch.channels_last) and not seen[0].is_contiguous()
     after.square().sum().backward()
