@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         model, optimizer, lr_scheduler = accelerator.prepare(network, optimizer, lr_scheduler)
         if args.compile:
-            network.compile()
+            network.compile()  # not DDP's wrapper: the step calls the network itself too
         ema = None
         if args.use_ema:
             ema = ExponentialAverage(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from .posterior import (
     state_with_mirrors,
     take_rows,
 )
-from .reference_classes import rows_of_classes, same_class, state_by_class
+from .reference_classes import labels_among, rows_of_classes, same_class, state_by_class
 from .reference_set import (
     ReferenceSet,
     check_integers,
@@ -150,7 +151,11 @@ class ReferenceBank(ReferenceSet):
 
     def rows_of(self, index: Tensor) -> Tensor:
         """The bank's rows of positions in the images it was made of: (k,) int64 to (k,) int64, on the CPU."""
-        return index if self._order is None else self._order.argsort()[index]
+        return index if self._rows is None else self._rows[index]
+
+    @cached_property
+    def _rows(self) -> Tensor | None:
+        return None if self._order is None else self._order.argsort()
 
     @torch.no_grad()
     def posterior_mean(
@@ -190,7 +195,9 @@ class ReferenceBank(ReferenceSet):
         check_noisy_like(noisy, self.images.shape)
         alpha, sigma = coefficient_rows(alpha, sigma, noisy)
         labels = None if labels is None else self._known_labels(labels, noisy)
-        source_index = None if source_index is None else self._known_sources(source_index, noisy)
+        # Elsewhere than on the CPU looking at positions that are not needed would wait for the device.
+        if source_index is not None and (subset_size is not None or source_index.device.type == "cpu"):
+            source_index = self._known_sources(source_index, noisy)
         if joined is not None and subset_size is not None:
             raise ValueError("joined images are references beside the whole bank: leave subset_size out.")
         if subset_size is not None:
@@ -234,13 +241,7 @@ class ReferenceBank(ReferenceSet):
             )
 
     def _known_labels(self, labels: Tensor, noisy: Tensor) -> Tensor:
-        if not self.class_rows:
-            raise ValueError("the bank has no labels: make it with labels=, or leave them out here.")
-        labels = checked_labels(labels, len(noisy), minimum=-1)
-        unknown = sorted(set(labels.tolist()) - {-1, *self.class_rows})
-        if unknown:
-            raise ValueError(f"no image of the bank has a label of {unknown}; it has {sorted(self.class_rows)}.")
-        return labels
+        return labels_among(self.class_rows, checked_labels(labels, len(noisy), minimum=-1))
 
     def _known_sources(self, source_index: Tensor, noisy: Tensor) -> Tensor:
         check_integers("source_index", source_index, len(noisy))

@@ -26,6 +26,16 @@ def rows_of_classes(labels: Tensor, part: range) -> dict[int, range]:
     return found
 
 
+def labels_among(class_rows: Mapping[int, range], labels: Tensor) -> Tensor:
+    """The same labels (B,). Raises ValueError if one is neither -1 nor that of a class."""
+    if not class_rows:
+        raise ValueError("the bank has no labels: make it with labels=, or leave them out here.")
+    unknown = sorted(set(labels.tolist()) - {-1, *class_rows})
+    if unknown:
+        raise ValueError(f"no image of the bank has a label of {unknown}; it has {sorted(class_rows)}.")
+    return labels
+
+
 class SelectedRows:
     """Parts of references (n, ...), one after the other, joined on a device when they are sliced.
 

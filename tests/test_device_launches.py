@@ -5,11 +5,14 @@ Reading a value back from such a tensor is an error, as is a sum of tensors on t
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stf_diffusers import EDM, VE, VP, FlowMatching, ReferenceBank, ReferenceBatchSampler, STFTrainingObjective
 from stf_diffusers.arithmetic_choice import VARIABLE
 from stf_diffusers.chunk_states import level_norms, squared_norms
+from stf_diffusers.consistency import ConsistencyTrainingObjective
+from stf_diffusers.noise_distribution import LogNormal, Piecewise
 from stf_diffusers.reference_set import ReferenceBatch
 from stf_diffusers.training.conditioning import orient
 from stf_diffusers.training.device_images import DeviceImages
@@ -26,7 +29,7 @@ class Launches(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.count = self.bytes_sent = 0
+        self.count = self.bytes_sent = self.waits = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -34,6 +37,8 @@ class Launches(TorchDispatchMode):
         on_device = isinstance(first, torch.Tensor) and first.device.type == "meta"
         self.count += on_device and not any(name in str(function) for name in VIEWS)
         if on_device and "copy" in str(function):
+            sent = any(torch.is_tensor(part) and part.device.type == "cpu" for part in args)
+            self.waits += sent and not (kwargs or {}).get("non_blocking", len(args) > 2 and args[2])
             self.bytes_sent += sum(part.nbytes for part in args if torch.is_tensor(part) and part.device.type == "cpu")
         return result
 
@@ -64,9 +69,22 @@ def bank(n, dtype=torch.uint8, labels=None, augmentation="none"):
 
 
 def launches(step):
-    with Launches() as launched:
+    """Of the second call. Copies from the CPU that wait, and tensors made of numbers there, are errors."""
+    step()
+    with pytest.MonkeyPatch.context() as patched, Launches() as launched:
+        for name in ("tensor", "as_tensor"):
+            patched.setattr(torch, name, on_cpu_alone(getattr(torch, name)))
         step()
+    assert not launched.waits
     return launched.count
+
+
+def on_cpu_alone(make):
+    def made(data, *arguments, **keywords):
+        assert torch.is_tensor(data) or torch.device(keywords.get("device") or "cpu").type == "cpu", "sends numbers"
+        return make(data, *arguments, **keywords)
+
+    return made
 
 
 @pytest.mark.parametrize("process", [EDM(), VE(), VP(), FlowMatching()], ids=lambda process: type(process).__name__)
@@ -122,11 +140,14 @@ def test_bank_on_the_cpu():
     assert launched.bytes_sent >= references.nbytes
 
 
-def test_subset_of_a_bank(arithmetic):
+@pytest.mark.parametrize("classes", [False, True])
+def test_subset_of_a_bank(arithmetic, classes):
     """Drawn on the CPU, as are the positions of the sources."""
-    references, noisy = bank(50_000), images(64, torch.float32)
+    labels = torch.arange(50_000) % 10
+    references, noisy = bank(50_000, labels=labels if classes else None), images(64, torch.float32)
     index, level = torch.arange(64), torch.empty(64, device="meta")
-    step = lambda: references.posterior_mean(noisy, 1.0, level, source_index=index, subset_size=4096)  # noqa: E731
+    more = {"labels": labels[index]} if classes else {}
+    step = lambda: references.posterior_mean(noisy, 1.0, level, source_index=index, subset_size=4096, **more)  # noqa: E731
     assert launches(step) <= 100
 
 
@@ -136,6 +157,29 @@ def test_loss_and_target():
     assert launches(lambda: objective.loss(batch.target, batch)) <= 10
     step = lambda: objective.target(reference[:64], batch.noise, batch.t, reference=reference)  # noqa: E731
     assert launches(step) <= 150
+
+
+@pytest.mark.parametrize("distribution", [Piecewise.log_uniform(0.01, 50), LogNormal(0, 1)], ids=["uniform", "normal"])
+@pytest.mark.parametrize("process", [EDM(), VE(), VP(), FlowMatching()], ids=lambda process: type(process).__name__)
+def test_given_distributions(process, distribution):
+    objective, source = STFTrainingObjective(process, distribution=distribution), images(64)
+    assert launches(lambda: objective.perturb(source)) <= 110
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDPMScheduler(), EulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(), EDMEulerScheduler()],
+    ids=lambda scheduler: type(scheduler).__name__,
+)  # fmt: skip
+def test_schedules_of_diffusers(scheduler, arithmetic):
+    objective, reference = STFTrainingObjective.from_scheduler(scheduler), images(4096)
+    alone = launches(lambda: objective.perturb(reference[:64]))
+    assert launches(lambda: objective.perturb(reference[:64], reference=reference)) <= alone + 80
+
+
+def test_consistency(arithmetic):
+    objective, reference = ConsistencyTrainingObjective(EDM()), images(4096)
+    alone = launches(lambda: objective.perturb(reference[:64], stage=1))
+    assert launches(lambda: objective.perturb(reference[:64], reference=reference, stage=1)) <= alone + 80
 
 
 def test_turned_images():

@@ -83,7 +83,9 @@ def test_chunks_that_integers_have_no_room_for():
     """32-bit sums of more than 2^17 products wrap, and rounding of weights adds up before."""
     pixels = torch.zeros(300_000, 4, dtype=torch.uint8)
     for chunk_size in (131_000, 300_000):
-        found = posterior_mean(-torch.ones(2, 4), pixels, alpha=1.0, sigma=1.0, chunk_size=chunk_size, arithmetic="int8")
+        found = posterior_mean(
+            -torch.ones(2, 4), pixels, alpha=1.0, sigma=1.0, chunk_size=chunk_size, arithmetic="int8"
+        )
         assert (found.mean + 1).abs().max() < 4e-6
 
 

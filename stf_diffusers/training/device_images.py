@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader
 from ..reference_bank import ReferenceBank
 from ..reference_batch import ReferenceBatchSampler
 from .sources import IndexedImages, TrainingImages, collator_of, epochs_from, required
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,10 @@ class DeviceImages:
             ValueError: there is no sampler.
         """
         sampler = required(sampler)
+        if num_workers:
+            logger.info(
+                "Batches are gathered on %s: num_workers=%d has nothing to do.", self.images.device, num_workers
+            )
         collated = collator_of(sampler)
         positions: DataLoader[Tensor] = DataLoader(
             range(len(self.images)),  # type: ignore[arg-type]
