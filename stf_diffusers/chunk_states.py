@@ -120,25 +120,25 @@ class PosteriorState:
         return PosteriorMean(mean.reshape(noisy.shape), effective_sample_size)
 
 
-# Products of two 8-bit numbers, at most 2^14 each, that float32 sums exactly.
-_EXACT_TERMS = 512
+# Of so many 8-bit levels the sum of squares is at most 2^22: the square of its root in float32 is off by less than 1/2.
+_EXACT_TERMS = 256
 
 
 def level_sums(levels: Tensor) -> Tensor:
-    """(n,) float64, the exact sum of v^2 + v of int8 levels (n, D)."""
-    if levels.shape[1] in TERMS and cpu_multiplies_int8():
+    """(n,) float64, the exact sum of v^2 + v of 8-bit levels (n, D), as int8 or in float32."""
+    size = levels.shape[1]
+    if levels.dtype != torch.int8:
+        whole = size // _EXACT_TERMS * _EXACT_TERMS
+        parts = levels[:, :whole].unflatten(1, (whole // _EXACT_TERMS, _EXACT_TERMS)), levels[:, None, whole:]
+        roots = torch.cat([torch.linalg.vector_norm(part, dim=2) for part in parts], 1).to(torch.float64)
+        return roots.square_().round_().add_(torch.cat([part.sum(2) for part in parts], 1)).sum(1)
+    if size in TERMS and cpu_multiplies_int8():
         # Of the products of some rows with each other only the diagonal is used; a product still takes less than a conversion.
         squares = [torch._int_mm(rows, rows.T).diagonal() for rows in levels.split(32)]
         sums = torch._int_mm(levels, torch.ones_like(levels[:1]).T).flatten()
         return torch.cat(squares).to(torch.float64).add_(sums)
-    found = []
-    whole = levels.shape[1] // _EXACT_TERMS * _EXACT_TERMS
-    for block in levels.split(max(1, 2**19 // max(levels.shape[1], 1))):  # 2 MiB in float32
-        values = block.to(torch.float32)
-        values.addcmul_(values, values)
-        parts = values[:, :whole].unflatten(1, (whole // _EXACT_TERMS, _EXACT_TERMS)).sum(2)
-        found.append(parts.sum(1, dtype=torch.float64).add_(values[:, whole:].sum(1)))
-    return torch.cat(found)
+    # 2 MiB in float32 at a time.
+    return torch.cat([level_sums(rows.to(torch.float32)) for rows in levels.split(max(1, 2**19 // max(size, 1)))])
 
 
 def squared_norms(images: Tensor) -> Tensor:

@@ -54,14 +54,15 @@ class SparseQueries(Queries):
 
     Args:
         noisy, alpha, sigma, levels, arithmetic: as for `Queries`.
-        norms_are_known: whether the norms of references are, exactly; float32 computes those that matter again.
+        norms_are_known: whether the norms of references are, exactly; for float32 those that matter are computed again, but
+            of levels, whose norms are exact.
     """
 
     def __init__(
         self, noisy: Tensor, alpha: Tensor, sigma: Tensor, levels: bool, arithmetic: Arithmetic, norms_are_known: bool
     ) -> None:
         super().__init__(noisy, alpha, sigma, levels, arithmetic)
-        self.norms_are_exact = norms_are_known or arithmetic != "float32"
+        self.norms_are_exact = norms_are_known or levels or arithmetic != "float32"
         self._room = Room(torch.float32 if arithmetic == "float32" else torch.float64)
         self._levels_room, self._exact_room = Room(torch.int8), Room(torch.float64)
         if arithmetic == "int8":
@@ -82,11 +83,10 @@ class SparseQueries(Queries):
         return images.contiguous() if images.dtype == wanted else self._room.like(images).copy_(images)
 
     def norms(self, images: Tensor) -> Tensor:
-        """(c,) float64, `squared_norms` of references as `read`, for float32 as accurate as float32 sums."""
-        if self.arithmetic == "int8":
+        """(c,) float64, `squared_norms` of references as `read`; of floating point for float32 as accurate as float32 sums."""
+        if self.levels:
             return level_sums(images)
-        norms = torch.linalg.vector_norm(images, dim=1).to(torch.float64).square_()
-        return norms.add_(images.sum(1)) if self.levels else norms
+        return torch.linalg.vector_norm(images, dim=1).to(torch.float64).square_()
 
     def add(self, state: PosteriorState, images: Tensor, norms: Tensor, mask: Tensor | None) -> None:
         """Add a chunk of references to a state, in place.
@@ -114,14 +114,15 @@ class SparseQueries(Queries):
         enough = torch.where(small, _FEW_INT8, _FEW) if self.arithmetic == "int8" else _FEW
         few = (counts > 0) & (counts <= enough)
         exactly = (counts > _FEW) & ~small
-        # One by one is slower for each, and faster while they are few in all: only they are converted to float64.
-        if int(counts[exactly].sum()) <= len(images) * (8 + int(exactly.sum())) // 64:
-            few, exactly = few | exactly, exactly & small
         if len(rows := (small & (counts > enough)).nonzero().flatten()):
             self._add_many(state, rows, logits if len(rows) == len(logits) else logits[rows], images)
         if len(rows := exactly.nonzero().flatten()):
-            values = self._exact_logits(rows, images, norms)
-            self._add_many(state, rows, values.masked_fill_(~used[rows], -torch.inf), images)
+            of_rows, some, known = used[rows], images, norms
+            columns = of_rows.any(0).nonzero().flatten()
+            if len(columns) <= len(images) // 2:
+                of_rows, some, known = of_rows[:, columns], images[columns], norms[columns]
+            values = self._exact_logits(rows, some, known)
+            self._add_many(state, rows, values.masked_fill_(~of_rows, -torch.inf), some)
         if bool(few.any()):
             pairs = used.logical_and_(few[:, None]).nonzero()
             for some in pairs.split(max(1, _GATHERED_ELEMENTS // images.shape[1])):
@@ -165,7 +166,8 @@ class SparseQueries(Queries):
         chosen = images[column].to(torch.float64)
         # Two references far from each other and as far from the query are told apart by its last bits alone.
         values = (self.query[row] * chosen).sum(1).mul_(self.inverse_variance[row])
-        values.sub_(self.half_scale[row] * self._exact_norms(chosen, norms[column]))
+        roots = [] if self.norms_are_exact else [torch.linalg.vector_norm(chosen, dim=1)]
+        values.sub_(self.half_scale[row] * _exact_norms(roots, norms[column]))
         maximum = torch.full_like(state.maximum, -torch.inf).scatter_reduce_(0, row, values, "amax")
         rows = maximum.isneginf().logical_not_().nonzero().flatten()
         state.raise_to(rows, maximum[rows])
@@ -179,20 +181,14 @@ class SparseQueries(Queries):
         query = self.query[rows]
         elements = _FEW_ROWS_ELEMENTS if len(rows) <= _FEW_ROWS else _MANY_ROWS_ELEMENTS
         size = max(1, elements // images.shape[1])
-        products, known = [], []
-        for some, rounded in zip(images.split(size), norms.split(size), strict=True):
+        products, roots = [], []
+        for some in images.split(size):
             exact = self._exact_room.like(some).copy_(some)
             products.append(query @ exact.T)
-            known.append(self._exact_norms(exact, rounded))
+            if not self.norms_are_exact:
+                roots.append(torch.linalg.vector_norm(exact, dim=1))
         logits = torch.cat(products, 1).mul_(self.inverse_variance[rows, None])
-        return logits.addcmul_(self.half_scale[rows, None], torch.cat(known), value=-1)
-
-    def _exact_norms(self, exact: Tensor, norms: Tensor) -> Tensor:
-        """Of references (c, D) in float64, whose `norms` (c,) may be rounded; NaN where they are."""
-        if self.norms_are_exact:
-            return norms
-        found = torch.linalg.vector_norm(exact, dim=1).square_()
-        return found.add_(exact.sum(1)) if self.levels else found.masked_fill_(norms.isnan(), torch.nan)
+        return logits.addcmul_(self.half_scale[rows, None], _exact_norms(roots, norms), value=-1)
 
     def _largest(self, images: Tensor, norms: Tensor) -> Tensor:
         """A bound of the references' norms |x_i|, in the units of `images`; those that are not finite do not count."""
@@ -202,6 +198,11 @@ class SparseQueries(Queries):
         # |v + 1/2|^2 is the sum of v^2 + v and of 1/4.
         quarter = images.shape[1] / 4
         return (finite + quarter).sqrt() + math.sqrt(quarter)
+
+
+def _exact_norms(roots: list[Tensor], norms: Tensor) -> Tensor:
+    """The squares of roots (c,) in parts, NaN where the rounded norms (c,) are; without parts these, which are exact."""
+    return torch.cat(roots).square_().masked_fill_(norms.isnan(), torch.nan) if roots else norms
 
 
 def _product_by_blocks(weights: Tensor, images: Tensor) -> Tensor:
