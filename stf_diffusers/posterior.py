@@ -136,6 +136,7 @@ def posterior_state(
         arithmetic = choose_arithmetic(noisy.device, reference.dtype, dimension)
     if chunk_size is None:
         chunk_size = _chunk_size(dimension, batch_size, arithmetic, reference.dtype, dense)
+    chunk_size = min(chunk_size, _MAX_INT8_CHUNK)
     # Chunks of one size, so that the last is not a sliver; of a size that needs no padding, but for the last.
     multiple = 32 if dense and chunk_size >= 32 else 1
     chunk_size = math.ceil(len(rows) / max(1, math.ceil(len(rows) / chunk_size)) / multiple) * multiple or 1
@@ -184,7 +185,7 @@ def _chunk_size(dimension: int, batch_size: int, arithmetic: Arithmetic, dtype: 
     else:
         elements = _CHUNK_ELEMENTS[arithmetic]
         batch_size *= 4  # of 8-byte logits and of what they are made of
-    return max(1, min(elements // max(dimension, batch_size, 1), _MAX_INT8_CHUNK))
+    return max(1, elements // max(dimension, batch_size, 1))
 
 
 def state_with_mirrors(
