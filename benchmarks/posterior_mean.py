@@ -5,7 +5,9 @@
 
 Speed: `posterior_mean` of uint8 and of float32 references and a `ReferenceBank`, against the two bare float32 matrix
 products of the same size and against direct broadcasting in slices of 8 rows and of one row. Ratios are medians over
-pairs that alternate in one run. Noise levels are EDM's training draws, and all at 20, where every reference matters.
+pairs that alternate in one run. Noise levels are EDM's training draws, all at 3, where a few references matter to each
+image, and all at 20, where all do. The same of each arithmetic that a CPU has (`--arithmetics`), of which a call uses the
+fastest by itself.
 
 Memory: the largest extra memory of one call beyond the references, in a process of its own (CPU: resident memory, on Linux).
 
@@ -30,6 +32,8 @@ import torch
 from torch import Tensor
 
 from stf_diffusers import EDM, ReferenceBank, posterior_mean
+from stf_diffusers.chunk_states import Arithmetic
+from stf_diffusers.posterior import posterior_state, reference_norms
 
 SIGMAS = (0.002, 0.01, 0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 80.0)
 
@@ -80,29 +84,68 @@ def ratio_of_pairs(
     return statistics.median(t for t, _ in times), statistics.median(t / u for t, u in times)
 
 
+def noise_levels(batch_size: int, device: torch.device) -> dict[str, Tensor]:
+    draws = EDM().sample_t(batch_size, generator=torch.Generator().manual_seed(1)).float().to(device)
+    return {"EDM's draws": draws} | {f"all at {level}": torch.full_like(draws, level) for level in (3, 20)}
+
+
+def by_arithmetic(
+    query: Tensor, reference: Tensor, norms: Tensor | None, sigma: Tensor, arithmetic: Arithmetic
+) -> None:
+    alpha = torch.ones_like(sigma, dtype=torch.float64)
+    state = posterior_state(query, reference, alpha, sigma.double(), norms=norms, arithmetic=arithmetic)
+    state.result_like(query, reference.dtype)
+
+
+def products(query: Tensor, reference: Tensor, weights: Tensor) -> None:
+    query @ reference.T
+    weights @ reference
+
+
+def measure_arithmetics(
+    batch_size: int, n: int, size: int, pairs: int, arithmetics: Sequence[Arithmetic]
+) -> list[dict[str, object]]:
+    """The ratios to the products of named arithmetics, of references whose norms are known (a bank) or not."""
+    device = torch.device("cpu")
+    pixels = smooth_pixels(n, size, device).flatten(1)
+    floats, weights = pixels.float() / 127.5 - 1, torch.rand(batch_size, n)
+    cases = [
+        (f"{name}{'' if norms is None else ' bank'}", reference, norms, arithmetic)
+        for name, reference in (("uint8", pixels), ("float32", floats))
+        for norms in (None, reference_norms(reference))
+        for arithmetic in arithmetics
+        if arithmetic != "int8" or name == "uint8"
+    ]
+    rows: list[dict[str, object]] = []
+    for noise, sigma in noise_levels(batch_size, device).items():
+        query = noised(pixels.view(n, 3, size, size), sigma).flatten(1)
+        bare = partial(products, query, floats, weights)
+        for name, reference, norms, arithmetic in cases:
+            call = partial(by_arithmetic, query, reference, norms, sigma, arithmetic)
+            taken, ratio = ratio_of_pairs(call, bare, pairs, device)
+            rows.append({"noise": noise, "references": name, "arithmetic": arithmetic, "n": n})
+            rows[-1] |= {"seconds": taken, "ratio_to_products": ratio}
+            print(
+                f"{batch_size:4d} {n:7d}  {noise:12s} {name:13s} {arithmetic:8s} {taken:9.4f}s {ratio:7.2f}", flush=True
+            )
+    return rows
+
+
 def measure_speed(batch_size: int, n: int, size: int, pairs: int, device: torch.device) -> list[dict[str, object]]:
     pixels = smooth_pixels(n, size, device)
     floats = pixels.float() / 127.5 - 1
     flat, weights = floats.flatten(1), torch.rand(batch_size, n, device=device)
     bank = ReferenceBank(pixels)
     rows: list[dict[str, object]] = []
-    for noise, sigma in (
-        ("EDM's draws", EDM().sample_t(batch_size, generator=torch.Generator().manual_seed(1)).float().to(device)),
-        ("all at 20", torch.full((batch_size,), 20.0, device=device)),
-    ):
+    for noise, sigma in noise_levels(batch_size, device).items():
         noisy = noised(pixels, sigma)
-        query = noisy.flatten(1)
-
-        def products(query: Tensor = query) -> None:
-            query @ flat.T
-            weights @ flat
-
+        bare = partial(products, noisy.flatten(1), flat, weights)
         for name, call in (
             ("uint8", lambda noisy=noisy, sigma=sigma: posterior_mean(noisy, pixels, alpha=1.0, sigma=sigma)),
             ("uint8 bank", lambda noisy=noisy, sigma=sigma: bank.posterior_mean(noisy, 1.0, sigma)),
             ("float32", lambda noisy=noisy, sigma=sigma: posterior_mean(noisy, floats, alpha=1.0, sigma=sigma)),
         ):
-            taken, ratio = ratio_of_pairs(call, products, pairs, device)
+            taken, ratio = ratio_of_pairs(call, bare, pairs, device)
             row: dict[str, object] = {"B": batch_size, "n": n, "D": flat.shape[1], "noise": noise, "references": name}
             row |= {"seconds": taken, "ratio_to_products": ratio}
             if n <= 4096:
@@ -191,6 +234,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[64])
     parser.add_argument("--n", type=int, nargs="+", default=[1024, 4096, 50000])
     parser.add_argument("--image_sizes", type=int, nargs="+", default=[32], help="D = 3 x size x size.")
+    parser.add_argument(
+        "--arithmetics", nargs="*", default=["int8", "float32", "float64"], help="Arithmetics to compare, on a CPU."
+    )
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--memory_of", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("posterior_mean.json"))
@@ -217,6 +263,12 @@ def main() -> None:
         for batch_size in args.batch_sizes
         for n in args.n
         for row in measure_speed(batch_size, n, size, args.pairs, device)
+    ]
+    result["arithmetics"] = [
+        row
+        for n in args.n
+        if device.type == "cpu" and n <= 4096
+        for row in measure_arithmetics(args.batch_sizes[0], n, args.image_sizes[0], args.pairs, args.arithmetics)
     ]
     print("extra memory of a call, MiB")
     result["memory"] = []

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .chunk_states import Arithmetic, Queries, as_multiplied, squared_norms
+from .chunk_states import Arithmetic, Queries, as_multiplied, level_norms, squared_norms
 from .files import replacing
 from .integer_products import TERMS, centred_levels, cpu_multiplies_int8
 from .precision import without_autocast
@@ -173,7 +173,8 @@ def _mean(noisy: Tensor, images: Tensor, sigma: Tensor, arithmetic: Arithmetic) 
     with without_autocast(noisy.device.type):
         queries = Queries(noisy, torch.ones_like(sigma), sigma, levels, arithmetic, dense=True)
         read = as_multiplied(images, arithmetic)
-        state = queries.state(queries.logits(read, squared_norms(images)), read)
+        norms = level_norms(images) if levels else squared_norms(images)
+        state = queries.state(queries.logits(read, norms), read)
     return state.result(torch.float64, centred_levels=levels).mean
 
 

@@ -45,9 +45,9 @@ def fixed_point(values: Tensor) -> FixedPoint:
     return FixedPoint(digits_of(integers, 6), factor.to(torch.float64).reciprocal())
 
 
-def centred_levels(pixels: Tensor) -> Tensor:
+def centred_levels(pixels: Tensor, out: Tensor | None = None) -> Tensor:
     """uint8 pixels u as int8 levels u - 128."""
-    return pixels.view(torch.int8) ^ -128
+    return torch.bitwise_xor(pixels.view(torch.int8), -128, out=out)
 
 
 def digits_of(values: Tensor, count: int = 4) -> Tensor:
@@ -106,15 +106,6 @@ def powers_of_256(count: int, right_count: int, device: torch.device) -> Tensor:
         places = places + torch.arange(0, 8 * right_count, 8, device=device)
     # By their bits: what a device makes of powers is not always exact.
     return (1023 + places << 52).view(torch.float64)
-
-
-def integer_product_by_float32(digits: Tensor, levels: Tensor) -> Tensor:
-    """The product of integers of four digits (4 b, k) with levels in float32 (k, m), by exact products: for a few rows."""
-    total = torch.zeros(len(digits), levels.shape[1], dtype=torch.float64, device=levels.device)
-    # 512 terms of at most 2^14 each are summed exactly.
-    for part, block in zip(digits.to(torch.float32).split(512, 1), levels.split(512), strict=True):
-        total.add_(part @ block)
-    return torch.stack([part * 256**power for power, part in enumerate(total.view(4, -1, levels.shape[1]))]).sum(0)
 
 
 @cache

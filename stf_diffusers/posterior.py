@@ -24,15 +24,15 @@ from .chunk_states import (
     PosteriorState,
     Queries,
     as_multiplied,
-    rounded_norms,
     squared_norms,
 )
 from .integer_products import TERMS, centred_levels
 from .precision import full_precision, without_autocast
+from .sparse_states import SparseQueries
 
-# Elements of a chunk of references. A CPU is fastest where the float64 chunk (16 MiB), or the bytes, stay in its cache;
-# other devices where there are few chunks (128 MiB in float64 or, of floating point references, as digits).
-_CHUNK_ELEMENTS, _INT8_CHUNK_ELEMENTS = 2**21, 2**22
+# Elements of a chunk of references. A CPU is fastest where what a product reads (8 or 16 MiB) stays in its cache; other
+# devices where there are few chunks (128 MiB in float64 or, of floating point references, as digits).
+_CHUNK_ELEMENTS: dict[Arithmetic, int] = {"int8": 2**23, "float32": 2**22, "float64": 2**21}
 DENSE_CHUNK_ELEMENTS, DENSE_DIGITS_CHUNK_ELEMENTS = 2**24, 2**23
 
 # References of a chunk whose weights are rounded to 2^-32 of the chunk's largest: 4e-6 in the mean at worst.
@@ -134,41 +134,40 @@ def posterior_state(
         arithmetic = choose_arithmetic(noisy.device, reference.dtype, dimension)
     if chunk_size is None:
         chunk_size = _chunk_size(dimension, batch_size, arithmetic, reference.dtype, dense)
-    if arithmetic == "int8":
-        chunk_size = min(chunk_size, _MAX_INT8_CHUNK)
+    chunk_size = min(chunk_size, _MAX_INT8_CHUNK)
     # Chunks of one size, so that the last is not a sliver; of a size that needs no padding, but for the last.
     multiple = 32 if dense and chunk_size >= 32 else 1
     chunk_size = math.ceil(n / max(1, math.ceil(n / chunk_size)) / multiple) * multiple or 1
-    levels, rounded = reference.dtype == torch.uint8, arithmetic == "float32"
+    levels = reference.dtype == torch.uint8
     mask = None if mask is None else mask.to(noisy.device, non_blocking=True)
     # Only float32 products depend on the settings of the process.
-    settings = full_precision if rounded else without_autocast
+    settings = full_precision if arithmetic == "float32" else without_autocast
     with settings(noisy.device.type):
-        queries = Queries(noisy, alpha, sigma, levels, arithmetic, norms is not None or not rounded, dense)
-        empty = torch.zeros(batch_size, dtype=torch.float64, device=noisy.device)
-        total = torch.zeros(batch_size, dimension, dtype=torch.float64, device=noisy.device)
-        state = PosteriorState(torch.full_like(empty, -torch.inf), empty, empty, total)
+        queries: Queries | SparseQueries
+        if dense:
+            queries = Queries(noisy, alpha, sigma, levels, arithmetic, dense)
+        else:
+            queries = SparseQueries(noisy, alpha, sigma, levels, arithmetic, norms is not None)
+        state = PosteriorState.empty(batch_size, dimension, noisy.device)
         for start in range(0, n, chunk_size):
             chunk = slice(start, min(start + chunk_size, n))
-            images = levels_or_floats(reference[chunk].to(noisy.device, non_blocking=True).flatten(1))
-            if rounded:
-                images = images.to(torch.float32).contiguous()
+            images = reference[chunk].to(noisy.device, non_blocking=True).flatten(1)
+            images = queries.read(images) if isinstance(queries, SparseQueries) else levels_or_floats(images)
             if norms is not None:
                 known = norms[chunk].to(noisy.device, non_blocking=True)
             else:
-                known = rounded_norms(images, levels) if rounded else squared_norms(images)
+                known = queries.norms(images) if isinstance(queries, SparseQueries) else squared_norms(images)
             if norms is None and not levels:
                 # NaN for the rows that use such a reference, and nothing for the others: 0 times infinity is NaN too.
                 unusable = ~known.isfinite()
                 # Where everything is dense asking whether there are any would wait for the device.
                 if dense or bool(unusable.any()):
                     images, known = images.masked_fill(unusable[:, None], 0), known.masked_fill(unusable, torch.nan)
-            read = as_multiplied(images, arithmetic)
             usable = None if mask is None else mask[:, chunk]
-            if isinstance(read, Tensor) and not dense:
-                for rows_used, part in queries.sparse_states(read, known, usable, state.maximum):
-                    state = state.merge_rows(rows_used, part)
+            if isinstance(queries, SparseQueries):
+                queries.add(state, images, known, usable)
             else:
+                read = as_multiplied(images, arithmetic)
                 logits = queries.logits(read, known)
                 if usable is not None:
                     logits = logits.masked_fill_(~usable, -torch.inf)
@@ -183,7 +182,8 @@ def _chunk_size(dimension: int, batch_size: int, arithmetic: Arithmetic, dtype: 
         in_digits = arithmetic == "int8" and dtype != torch.uint8
         elements = DENSE_DIGITS_CHUNK_ELEMENTS if in_digits else DENSE_CHUNK_ELEMENTS
     else:
-        elements = _INT8_CHUNK_ELEMENTS if arithmetic == "int8" else _CHUNK_ELEMENTS
+        elements = _CHUNK_ELEMENTS[arithmetic]
+        batch_size *= 4  # of 8-byte logits and of what they are made of
     return max(1, elements // max(dimension, batch_size, 1))
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stf_diffusers import EDM, VE, VP, FlowMatching, ReferenceBank, ReferenceBatchSampler, STFTrainingObjective
 from stf_diffusers.arithmetic_choice import VARIABLE
-from stf_diffusers.chunk_states import level_norms, squared_norms
+from stf_diffusers.chunk_states import level_norms, level_sums, squared_norms
 from stf_diffusers.consistency import ConsistencyTrainingObjective
 from stf_diffusers.noise_distribution import LogNormal, Piecewise
 from stf_diffusers.reference_set import ReferenceBatch
@@ -211,3 +211,13 @@ def test_norms_in_few_launches_are_those_of_the_cpu():
     levels[0], levels[1] = -128, 127
     assert level_norms(levels).equal(squared_norms(levels))
     assert level_norms(levels)[0] == 1000 * (128**2 - 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+@pytest.mark.parametrize("dimension", [1, 2, 255, 256, 257, 3072, 50_001, 2**17 + 5])
+def test_norms_on_a_cpu_are_exact(dimension, dtype):
+    """With and without 8-bit products, and of the largest magnitudes."""
+    draws = torch.Generator().manual_seed(0)
+    levels = torch.randint(-128, 128, (37, dimension), generator=draws, dtype=torch.int8)
+    levels[0], levels[1], levels[2, ::2], levels[3, 1:] = -128, 127, -128, 127
+    assert level_sums(levels.to(dtype)).equal(level_norms(levels))

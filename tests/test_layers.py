@@ -19,7 +19,7 @@ MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for p
 CORE = [
     {"prediction", "noise_distribution", "integer_products", "metrics", "files", "precision"},
     {"chunk_states"},
-    {"arithmetic_choice"},
+    {"arithmetic_choice", "sparse_states"},
     {"posterior", "forward_process"},
     {"noise", "stored_rows", "adaptive_noise", "reference_classes"},
     {"scheduler_process", "reference_batch", "reference_set", "denoising", "solvers"},

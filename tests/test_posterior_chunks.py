@@ -89,17 +89,22 @@ def test_chunks_that_integers_have_no_room_for():
         assert (found.mean + 1).abs().max() < 4e-6
 
 
-def test_many_small_weights():
-    """One near image and 65,535 others of weight about 2^-32: together they matter."""
+@pytest.mark.parametrize("arithmetic", ["int8", "float32", "float64"])
+@pytest.mark.parametrize("bits", [24, 32.05, 40])
+def test_many_small_weights(bits, arithmetic):
+    """One near image and 65,535 others of small weights, down to the unit of integers and below: together they matter."""
     pixels = torch.zeros(65_536, 64, dtype=torch.uint8)
     pixels[1:, 0] = 128
     exact = pixels[[0, 1]].double() / 127.5 - 1
     distance = (exact[1] - exact[0]).square().sum()
-    sigma = (distance / (2 * 32.05 * torch.tensor(2.0).log())).sqrt().view(1).float()
+    sigma = (distance / (2 * bits * torch.tensor(2.0).log())).sqrt().view(1).float()
     noisy = exact[:1].float()
     weights = torch.tensor([0.0, -distance / (2 * sigma.double() ** 2)]).double().exp() * torch.tensor([1.0, 65_535.0])
     expected = (weights / weights.sum()) @ exact
-    assert worst(posterior_mean(noisy, pixels, alpha=1.0, sigma=sigma).mean[0], expected) < 1e-5
+    for batch, chunk_size in ((1, None), (1, 65_536), (5, 1000), (32, None)):
+        rows = noisy.expand(batch, -1)
+        found = posterior_mean(rows, pixels, alpha=1.0, sigma=sigma[0], chunk_size=chunk_size, arithmetic=arithmetic)
+        assert worst(found.mean, expected.expand(batch, -1)) < 1e-5
 
 
 def test_a_reference_that_is_not_a_number_is_not_passed_over():
