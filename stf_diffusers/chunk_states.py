@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -143,8 +144,27 @@ def squared_norms(images: Tensor) -> Tensor:
     A pixel is (v + 1/2) / 127.5 for its level v, so its squared norm is that sum over 127.5^2 plus a constant.
     """
     if images.dtype != torch.int8:
-        return torch.linalg.vector_norm(images, dim=1, dtype=torch.float64).square()
+        return square_sums(images)
     return level_sums(images) if images.device.type == "cpu" else level_norms(images)
+
+
+# Terms of a float64 sum: more in one go lose digits that decide at low noise.
+_LONGEST_SUM = 2**13
+
+
+def square_sums(values: Tensor) -> Tensor:
+    """(n,) float64, sums of squares of floating point (n, D)."""
+    parts = values.split(_LONGEST_SUM, 1)
+    sums = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square_() for part in parts]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def float64_product(query: Tensor, images: Tensor) -> Tensor:
+    """(b, c) of float64 (b, D) and (c, D)."""
+    if query.shape[1] <= 8 * _LONGEST_SUM:
+        return query @ images.T
+    parts = zip(query.split(_LONGEST_SUM, 1), images.split(_LONGEST_SUM, 1), strict=True)
+    return reduce(torch.add, [part @ some.T for part, some in parts])
 
 
 def level_norms(levels: Tensor) -> Tensor:
@@ -216,7 +236,7 @@ class Queries:
         elif self.arithmetic == "int8":
             product = integer_product(self.query_digits, images, self.powers[0], multiple=self.multiple)
         else:
-            product = self.query @ images.T
+            product = float64_product(self.query, images)
         return self.reduced(product, norms)
 
     def reduced(self, product: Tensor, norms: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .chunk_states import Arithmetic, PosteriorState, Queries, level_sums
+from .chunk_states import Arithmetic, PosteriorState, Queries, float64_product, level_sums, square_sums
 from .integer_products import FULL_SCALE, centred_levels, digits_of, integer_product
 
 # Logits this far below the largest add less than 2^-64 of the sum each.
@@ -166,8 +166,8 @@ class SparseQueries(Queries):
         chosen = images[column].to(torch.float64)
         # Two references far from each other and as far from the query are told apart by its last bits alone.
         values = (self.query[row] * chosen).sum(1).mul_(self.inverse_variance[row])
-        roots = [] if self.norms_are_exact else [torch.linalg.vector_norm(chosen, dim=1)]
-        values.sub_(self.half_scale[row] * _exact_norms(roots, norms[column]))
+        exact = [] if self.norms_are_exact else [square_sums(chosen)]
+        values.sub_(self.half_scale[row] * _exact_norms(exact, norms[column]))
         maximum = torch.full_like(state.maximum, -torch.inf).scatter_reduce_(0, row, values, "amax")
         rows = maximum.isneginf().logical_not_().nonzero().flatten()
         state.raise_to(rows, maximum[rows])
@@ -181,14 +181,14 @@ class SparseQueries(Queries):
         query = self.query[rows]
         elements = _FEW_ROWS_ELEMENTS if len(rows) <= _FEW_ROWS else _MANY_ROWS_ELEMENTS
         size = max(1, elements // images.shape[1])
-        products, roots = [], []
+        products, exact_norms = [], []
         for some in images.split(size):
             exact = self._exact_room.like(some).copy_(some)
-            products.append(query @ exact.T)
+            products.append(float64_product(query, exact))
             if not self.norms_are_exact:
-                roots.append(torch.linalg.vector_norm(exact, dim=1))
+                exact_norms.append(square_sums(exact))
         logits = torch.cat(products, 1).mul_(self.inverse_variance[rows, None])
-        return logits.addcmul_(self.half_scale[rows, None], _exact_norms(roots, norms), value=-1)
+        return logits.addcmul_(self.half_scale[rows, None], _exact_norms(exact_norms, norms), value=-1)
 
     def _largest(self, images: Tensor, norms: Tensor) -> Tensor:
         """A bound of the references' norms |x_i|, in the units of `images`; those that are not finite do not count."""
@@ -200,9 +200,9 @@ class SparseQueries(Queries):
         return (finite + quarter).sqrt() + math.sqrt(quarter)
 
 
-def _exact_norms(roots: list[Tensor], norms: Tensor) -> Tensor:
-    """The squares of roots (c,) in parts, NaN where the rounded norms (c,) are; without parts these, which are exact."""
-    return torch.cat(roots).square_().masked_fill_(norms.isnan(), torch.nan) if roots else norms
+def _exact_norms(parts: list[Tensor], norms: Tensor) -> Tensor:
+    """The norms (c,) in parts, NaN where the rounded ones (c,) are; without parts these, which are exact."""
+    return torch.cat(parts).masked_fill_(norms.isnan(), torch.nan) if parts else norms
 
 
 def _product_by_blocks(weights: Tensor, images: Tensor) -> Tensor:

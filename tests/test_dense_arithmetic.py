@@ -1,5 +1,6 @@
 """The arithmetic of accelerators, in the shapes and with the padding that these need, computed on the CPU."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +118,31 @@ def test_ties_between_distant_references(dimension, dtype, arithmetic):
     noisy = ((exact[:3] + exact[3:]) / 2).float()
     expected = posterior(noisy, exact, torch.ones(3), sigma)[1]
     assert worst(dense_mean(noisy, reference, torch.ones(3), sigma, arithmetic).mean, expected) < 1e-5
+
+
+@pytest.mark.parametrize("arithmetic", ["float64", None])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("dimension", [49_152, 2**17 - 1, 500_000])
+def test_ties_of_large_images(dimension, dtype, arithmetic):
+    """Half way between a bright image and a dark one, in longer floating point: long sums decide; None: as on this CPU."""
+    draws = torch.Generator().manual_seed(dimension)
+    for sigma in (0.002, 0.005, 0.01):
+        pair = torch.stack([torch.randint(low, low + 64, (dimension,), generator=draws) for low in (192, 0)])
+        reference = pair.to(torch.uint8) if dtype == torch.uint8 else (pair / 127.5 - 1).float()
+        exact = (
+            (pair.double() / 127.5 - 1 if dtype == torch.uint8 else reference.double()).numpy().astype(np.longdouble)
+        )
+        noisy = torch.from_numpy(((exact[0] + exact[1]) / 2).astype(np.float32))
+        query = noisy.numpy().astype(np.longdouble)
+        gap = (((query - exact[1]) ** 2).sum() - ((query - exact[0]) ** 2).sum()) / (
+            2 * np.longdouble(np.float64(sigma)) ** 2
+        )
+        weight = 1 / (1 + np.exp(-gap))
+        expected = torch.from_numpy((weight * exact[0] + (1 - weight) * exact[1]).astype(np.float64))
+        level = torch.tensor([sigma], dtype=torch.float64)
+        more = {"dense": bool(arithmetic), "arithmetic": arithmetic}
+        found = posterior_state(noisy[None], reference, torch.ones_like(level), level, **more)
+        assert worst(found.result(torch.float64, dtype == torch.uint8).mean[0], expected) < 1e-5
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
