@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -161,10 +160,16 @@ def square_sums(values: Tensor) -> Tensor:
 
 def float64_product(query: Tensor, images: Tensor) -> Tensor:
     """(b, c) of float64 (b, D) and (c, D)."""
-    if query.shape[1] <= 8 * _LONGEST_SUM:
-        return query @ images.T
-    parts = zip(query.split(_LONGEST_SUM, 1), images.split(_LONGEST_SUM, 1), strict=True)
-    return reduce(torch.add, [part @ some.T for part, some in parts])
+    return query @ images.T if query.shape[1] <= 8 * _LONGEST_SUM else product_in_parts(query, images, _LONGEST_SUM)
+
+
+def product_in_parts(query: Tensor, images: Tensor, longest: int) -> Tensor:
+    """(b, c) float64 of (b, D) and (c, D), of sums of at most `longest` terms in their dtype."""
+    product: Tensor | None = None
+    for part, some in zip(query.split(longest, 1), images.split(longest, 1), strict=True):
+        summed = part @ some.T
+        product = summed.to(torch.float64) if product is None else product.add_(summed)
+    return query.new_zeros(len(query), len(images), dtype=torch.float64) if product is None else product
 
 
 def level_norms(levels: Tensor) -> Tensor:

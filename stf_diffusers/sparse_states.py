@@ -7,7 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from .chunk_states import Arithmetic, PosteriorState, Queries, float64_product, level_sums, square_sums
+from .chunk_states import (
+    Arithmetic,
+    PosteriorState,
+    Queries,
+    float64_product,
+    level_sums,
+    product_in_parts,
+    square_sums,
+)
 from .integer_products import FULL_SCALE, centred_levels, digits_of, integer_product
 
 # Logits this far below the largest add less than 2^-64 of the sum each.
@@ -16,12 +24,18 @@ _NEGLIGIBLE = -64 * math.log(2)
 # Rows with at most this many references that matter are summed one by one, if 8-bit products are not faster.
 _FEW, _FEW_INT8 = 16, 4
 
+# Logits of references so light that a million of them add less to the error than the limit below are left in float32; the
+# others are computed one by one where they are at most this share of all: more are faster in one product.
+_LIGHT, _SHARE_OF_PAIRS = 2**20, 16
+
 # Elements that are gathered at a time.
 _GATHERED_ELEMENTS = 2**18
 
-# Rounding errors of a float32 logit are counted in units of |x_t| |x_i| / sigma^2 times this. Measured for images, white noise
-# and constants of 3 to 50,000 values: at most 2.5 units, and 8 where x_t and x_i are nearly parallel.
-_UNIT, _ERRORS, _OF_PARALLELS = 2.0**-24, 2.5, 6.0
+# Rounding errors of a float32 logit, of sums of so many terms that are added in float64, are counted in units of
+# |x_t| |x_i| / sigma^2 times 2^-24, and fall with the root of the number of sums. Measured for images, white noise, black and
+# white and constants of 3 to 49,152 values at the noise levels where they are small: at most 3.1 units, and 5.1 more in
+# proportion to |x_i| / |x_t|, where sums grow all along.
+_UNIT, _TERMS, _ERRORS, _OF_PARALLELS = 2.0**-24, 256, 3.5, 8.0
 
 # With errors of at most this size float32 logits are used as they are: two groups of duplicates that are as far apart as
 # images can be, whose errors do not average, still have their mean to 1e-5.
@@ -117,12 +131,16 @@ class SparseQueries(Queries):
         if len(rows := (small & (counts > enough)).nonzero().flatten()):
             self._add_many(state, rows, logits if len(rows) == len(logits) else logits[rows], images)
         if len(rows := exactly.nonzero().flatten()):
-            of_rows, some, known = used[rows], images, norms
-            columns = of_rows.any(0).nonzero().flatten()
-            if len(columns) <= len(images) // 2:
-                of_rows, some, known = of_rows[:, columns], images[columns], norms[columns]
-            values = self._exact_logits(rows, some, known)
-            self._add_many(state, rows, values.masked_fill_(~of_rows, -torch.inf), some)
+            values = logits[rows]
+            light = -_NEGLIGIBLE - math.log(_LIGHT) - (size[rows] / _SMALL).log()
+            decisive = values >= (threshold[rows] + light)[:, None]
+            if int(decisive.sum()) <= values.numel() // _SHARE_OF_PAIRS:
+                for some in decisive.nonzero().split(max(1, _GATHERED_ELEMENTS // images.shape[1])):
+                    row, column = some.unbind(1)
+                    values[row, column] = self._pair_logits(rows[row], column, images, norms)[0]
+                self._add_many(state, rows, values.masked_fill_(~used[rows], -torch.inf), images)
+            else:
+                self._add_exactly(state, rows, used[rows], images, norms)
         if bool(few.any()):
             pairs = used.logical_and_(few[:, None]).nonzero()
             for some in pairs.split(max(1, _GATHERED_ELEMENTS // images.shape[1])):
@@ -137,8 +155,9 @@ class SparseQueries(Queries):
         if self.arithmetic == "int8":
             return self.logits(images, norms), self.unit * largest, 2 * self.unit * largest
         unit = self.unit * largest
-        size = unit * (_ERRORS + _OF_PARALLELS * (self.parallel * largest).clamp(max=1))
-        product = (self.rounded @ images.T).to(torch.float64)
+        sums = max(1, images.shape[1] / _TERMS)
+        size = unit * (_ERRORS + _OF_PARALLELS * (self.parallel * largest).clamp(max=1)) / math.sqrt(sums)
+        product = product_in_parts(self.rounded, images, _TERMS)
         return self.reduced(product, norms), size, 2 * (8 + math.sqrt(images.shape[1])) * unit
 
     def _add_many(self, state: PosteriorState, rows: Tensor, logits: Tensor, images: Tensor) -> None:
@@ -160,14 +179,26 @@ class SparseQueries(Queries):
         else:
             state.weighted_sum.index_add_(0, rows, total.mul_(factor[:, None]))
 
+    def _add_exactly(self, state: PosteriorState, rows: Tensor, used: Tensor, images: Tensor, norms: Tensor) -> None:
+        """Add references (c, D) to some rows (b,), those `used` (b, c), with float64 logits."""
+        columns = used.any(0).nonzero().flatten()
+        if len(columns) <= len(images) // 2:
+            used, images, norms = used[:, columns], images[columns], norms[columns]
+        values = self._exact_logits(rows, images, norms)
+        self._add_many(state, rows, values.masked_fill_(~used, -torch.inf), images)
+
+    def _pair_logits(self, row: Tensor, column: Tensor, images: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """The float64 logits (k,) of pairs of a row and a reference, and those references (k, D) in float64."""
+        chosen = images[column].to(torch.float64)
+        values = (self.query[row] * chosen).sum(1).mul_(self.inverse_variance[row])
+        exact = [] if self.norms_are_exact else [square_sums(chosen)]
+        return values.sub_(self.half_scale[row] * _exact_norms(exact, norms[column])), chosen
+
     def _add_few(self, state: PosteriorState, pairs: Tensor, images: Tensor, norms: Tensor) -> None:
         """Add one reference to one row for each of the pairs (k, 2) of a row and a reference."""
         row, column = pairs.unbind(1)
-        chosen = images[column].to(torch.float64)
         # Two references far from each other and as far from the query are told apart by its last bits alone.
-        values = (self.query[row] * chosen).sum(1).mul_(self.inverse_variance[row])
-        exact = [] if self.norms_are_exact else [square_sums(chosen)]
-        values.sub_(self.half_scale[row] * _exact_norms(exact, norms[column]))
+        values, chosen = self._pair_logits(row, column, images, norms)
         maximum = torch.full_like(state.maximum, -torch.inf).scatter_reduce_(0, row, values, "amax")
         rows = maximum.isneginf().logical_not_().nonzero().flatten()
         state.raise_to(rows, maximum[rows])
