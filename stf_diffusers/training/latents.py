@@ -286,8 +286,9 @@ class LatentColumn(IndexedImages):
 
     @property
     def in_memory(self) -> Tensor | None:
-        """(N, c, h, w) float32, all normalised latents; None where they are drawn. Made anew for who asks: a bank or a
-        device has its own copy, and batches are read from the file.
+        """(N, c, h, w) float32, all normalised latents; None where they are drawn.
+
+        Made anew for who asks, since a bank or a device has its own copy and batches are read from the file.
         """
         return self.scale.normalize(self.cache.mean) if self.read_alike else None
 
