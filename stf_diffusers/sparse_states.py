@@ -31,11 +31,12 @@ _LIGHT, _SHARE_OF_PAIRS = 2**20, 16
 # Elements that are gathered at a time.
 _GATHERED_ELEMENTS = 2**18
 
-# Rounding errors of a float32 logit, of sums of so many terms that are added in float64, are counted in units of
-# |x_t| |x_i| / sigma^2 times 2^-24, and fall with the root of the number of sums. Measured for images, white noise, black and
-# white and constants of 3 to 49,152 values at the noise levels where they are small: at most 3.1 units, and 5.1 more in
-# proportion to |x_i| / |x_t|, where sums grow all along.
-_UNIT, _TERMS, _ERRORS, _OF_PARALLELS = 2.0**-24, 256, 3.5, 8.0
+# Rounding errors of a float32 logit are counted in units of |x_t| |x_i| / sigma^2 times 2^-24. Measured for images, white noise,
+# black and white and constants of 3 to 50,000 values at the noise levels where they are small: at most so many, and more where
+# sums grow all along, in proportion to |x_i| / |x_t|. Where sums of so many terms are added in float64 they fall with the root
+# of the number of sums.
+_UNIT, _ERRORS, _OF_PARALLELS = 2.0**-24, 2.5, 6.0
+_TERMS, _ERRORS_IN_PARTS, _OF_PARALLELS_IN_PARTS = 256, 3.5, 8.0
 
 # With errors of at most this size float32 logits are used as they are: two groups of duplicates that are as far apart as
 # images can be, whose errors do not average, still have their mean to 1e-5.
@@ -155,9 +156,14 @@ class SparseQueries(Queries):
         if self.arithmetic == "int8":
             return self.logits(images, norms), self.unit * largest, 2 * self.unit * largest
         unit = self.unit * largest
-        sums = max(1, images.shape[1] / _TERMS)
-        size = unit * (_ERRORS + _OF_PARALLELS * (self.parallel * largest).clamp(max=1)) / math.sqrt(sums)
-        product = product_in_parts(self.rounded, images, _TERMS)
+        parallel = (self.parallel * largest).clamp(max=1)
+        size = unit * (_ERRORS + _OF_PARALLELS * parallel)
+        in_parts = unit * (_ERRORS_IN_PARTS + _OF_PARALLELS_IN_PARTS * parallel)
+        in_parts /= math.sqrt(max(1, images.shape[1] / _TERMS))
+        terms = images.shape[1]
+        if bool(((size > _SMALL) & (in_parts <= _SMALL)).any()):
+            size, terms = in_parts, _TERMS
+        product = product_in_parts(self.rounded, images, terms)
         return self.reduced(product, norms), size, 2 * (8 + math.sqrt(images.shape[1])) * unit
 
     def _add_many(self, state: PosteriorState, rows: Tensor, logits: Tensor, images: Tensor) -> None:
