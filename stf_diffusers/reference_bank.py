@@ -195,9 +195,10 @@ class ReferenceBank(ReferenceSet):
         check_noisy_like(noisy, self.images.shape)
         alpha, sigma = coefficient_rows(alpha, sigma, noisy)
         labels = None if labels is None else self._known_labels(labels, noisy)
-        # Elsewhere than on the CPU looking at positions that are not needed would wait for the device.
-        if source_index is not None and (subset_size is not None or source_index.device.type == "cpu"):
-            source_index = self._known_sources(source_index, noisy)
+        if source_index is not None:
+            check_integers("source_index", source_index, len(noisy))
+            if subset_size is not None or source_index.device.type == "cpu":  # else a look would wait, for nothing
+                source_index = self._known_sources(source_index)
         if joined is not None and subset_size is not None:
             raise ValueError("joined images are references beside the whole bank: leave subset_size out.")
         if subset_size is not None:
@@ -217,7 +218,8 @@ class ReferenceBank(ReferenceSet):
         noise level far below the distance of two pixels' levels, the posterior mean is the nearest image.
         """
         if source_index is not None and self.process_shard is None:
-            rows = self.rows_of(self._known_sources(source_index, clean))
+            check_integers("source_index", source_index, len(clean))
+            rows = self.rows_of(self._known_sources(source_index))
             nearest = pixels_to_float(take_rows(self.images, rows).to(clean.device))
             difference = (nearest - clean).flatten(1).abs().amax(1)
             if self._mirrored:
@@ -243,8 +245,7 @@ class ReferenceBank(ReferenceSet):
     def _known_labels(self, labels: Tensor, noisy: Tensor) -> Tensor:
         return labels_among(self.class_rows, checked_labels(labels, len(noisy), minimum=-1))
 
-    def _known_sources(self, source_index: Tensor, noisy: Tensor) -> Tensor:
-        check_integers("source_index", source_index, len(noisy))
+    def _known_sources(self, source_index: Tensor) -> Tensor:
         index = source_index.cpu()
         if not bool(((index >= 0) & (index < self._num_images)).all()):
             raise ValueError(f"source_index must lie in [0, {self._num_images}); got {index.tolist()}.")
