@@ -6,8 +6,8 @@
 Speed: `posterior_mean` of uint8 and of float32 references and a `ReferenceBank`, against the two bare float32 matrix
 products of the same size and against direct broadcasting in slices of 8 rows and of one row. Ratios are medians over
 pairs that alternate in one run. Noise levels are EDM's training draws, all at 3, where a few references matter to each
-image, all at 6, where nearly all do a little, and all at 20, where all do. The same of each arithmetic that a CPU has (`--arithmetics`), of which a call uses the
-fastest by itself.
+image, all at 6, where nearly all do a little, and all at 20, where all do. The same of each arithmetic that a CPU has
+(`--arithmetics`), of which a call uses the fastest by itself.
 
 Memory: the largest extra memory of one call beyond the references, in a process of its own (CPU: resident memory, on Linux).
 

@@ -218,7 +218,7 @@ class Queries:
         self.half_scale = (alpha * step / sigma) ** 2 / 2
         if arithmetic == "int8":
             count = 6 if dense else 4
-            integers, scale = self._integers(slice(None), count)
+            integers, scale = self._integers(count)
             self.query_digits = digits_of(integers, count)
             self.product_scale = self.inverse_variance * scale
             # Of the first product, and of the second.
@@ -227,11 +227,10 @@ class Queries:
                 powers = powers_of_256(6, 1 if levels else 6, noisy.device)
                 self.powers = powers, powers[:4, :4]
 
-    def _integers(self, rows: Tensor | slice, count: int) -> tuple[Tensor, Tensor]:
-        """Some queries (b, D) as integers of so many digits, and (b,) what these are to be multiplied with."""
-        query = self.query[rows]
-        scale = query.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny) / full_scale(count)
-        return (query / scale[:, None]).round().to(torch.int32 if count == 4 else torch.int64), scale
+    def _integers(self, count: int) -> tuple[Tensor, Tensor]:
+        """The queries (B, D) as integers of so many digits, and (B,) what these are to be multiplied with."""
+        scale = self.query.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny) / full_scale(count)
+        return (self.query / scale[:, None]).round().to(torch.int32 if count == 4 else torch.int64), scale
 
     def logits(self, images: Tensor | FixedPoint, norms: Tensor) -> Tensor:
         """(B, c) float64, of references (c, D) `as_multiplied`."""
