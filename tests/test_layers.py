@@ -17,7 +17,7 @@ MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for p
 
 # A module imports from earlier rows only. A new module is a new entry here; "*" stands for any ending.
 CORE = [
-    {"prediction", "noise_distribution", "integer_products", "metrics", "files", "precision"},
+    {"prediction", "noise_distribution", "integer_products", "metrics", "files", "precision", "logit_errors"},
     {"chunk_states"},
     {"arithmetic_choice", "sparse_states"},
     {"posterior", "forward_process"},

@@ -77,9 +77,13 @@ def test_classes_together(asked, dtype, flips):
         state_by_class(noisy, images, class_rows, alpha, sigma, asked, mirrors=flips, norms=norms, together=together)
         for together in (1, 11, 19, 100)
     )
+    expected = by_class.result(torch.float64, centred_levels=dtype == torch.uint8)
     for together in grouped:
-        for field in ("maximum", "normalizer", "squares", "weighted_sum"):
-            torch.testing.assert_close(getattr(together, field), getattr(by_class, field), rtol=1e-6, atol=1e-6)
+        result = together.result(torch.float64, centred_levels=dtype == torch.uint8)
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+        # Which also say how they are to be merged with others.
+        total, alone = (state.maximum + state.normalizer.log() for state in (together, by_class))
+        torch.testing.assert_close(total, alone, rtol=0, atol=1e-6)
 
 
 def test_selected_rows():
