@@ -2,12 +2,13 @@
 """How fast, how large and how accurate is the posterior mean?
 
     python benchmarks/posterior_mean.py --n 1024 4096 50000 --output posterior_mean.json
+    python benchmarks/posterior_mean.py --parts arithmetics --n 4096 --sigmas 3 4 6 8 20 --dataset_name cifar10
 
 Speed: `posterior_mean` of uint8 and of float32 references and a `ReferenceBank`, against the two bare float32 matrix
 products of the same size and against direct broadcasting in slices of 8 rows and of one row. Ratios are medians over
 pairs that alternate in one run. Noise levels are EDM's training draws, all at 3, where a few references matter to each
-image, all at 6, where nearly all do a little, and all at 20, where all do. The same of each arithmetic that a CPU has
-(`--arithmetics`), of which a call uses the fastest by itself.
+image, all at 6, where nearly all do a little, and all at 20, where all do (`--sigmas`). The same of each arithmetic that a CPU
+has (`--arithmetics`), of which a call uses the fastest by itself. Images are smooth random ones or a data set's.
 
 Memory: the largest extra memory of one call beyond the references, in a process of its own (CPU: resident memory, on Linux).
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -34,7 +36,10 @@ from torch import Tensor
 from stf_diffusers import EDM, ReferenceBank, posterior_mean
 from stf_diffusers.chunk_states import Arithmetic
 from stf_diffusers.posterior import posterior_state, reference_norms
+from stf_diffusers.training.data_set import find_image_column, load_split
+from stf_diffusers.training.image_reader import decode_all, make_reader
 
+PARTS = ("speed", "arithmetics", "memory", "accuracy")
 SIGMAS = (0.002, 0.01, 0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 80.0)
 
 
@@ -49,6 +54,21 @@ def smooth_pixels(n: int, size: int, device: torch.device) -> Tensor:
             (rows, 3, size, size), generator=generator
         )
         pixels[start : start + rows] = fine.clamp(0, 1).mul(255).to(torch.uint8)
+    return pixels.to(device)
+
+
+def images_of(dataset_name: str | None, n: int, size: int, device: torch.device) -> Tensor:
+    """The first `n` images of a data set, or smooth ones, (n, 3, size, size) uint8."""
+    if dataset_name is None:
+        return smooth_pixels(n, size, device)
+    dataset = load_split(dataset_name)
+    if len(dataset) < n:
+        raise SystemExit(f"{dataset_name} has {len(dataset)} images; --n asks for {n}.")
+    dataset = dataset.select(range(n))
+    column = find_image_column(dataset)
+    pixels = decode_all(dataset, column, make_reader(dataset, column, "RGB", size, True), math.inf, quiet=True)
+    if pixels is None:
+        raise SystemExit(f"{dataset_name} cannot be decoded to {size}x{size} images.")
     return pixels.to(device)
 
 
@@ -84,9 +104,9 @@ def ratio_of_pairs(
     return statistics.median(t for t, _ in times), statistics.median(t / u for t, u in times)
 
 
-def noise_levels(batch_size: int, device: torch.device) -> dict[str, Tensor]:
+def noise_levels(batch_size: int, sigmas: Sequence[float], device: torch.device) -> dict[str, Tensor]:
     draws = EDM().sample_t(batch_size, generator=torch.Generator().manual_seed(1)).float().to(device)
-    return {"EDM's draws": draws} | {f"all at {level}": torch.full_like(draws, level) for level in (3, 6, 20)}
+    return {"EDM's draws": draws} | {f"all at {level:g}": torch.full_like(draws, level) for level in sigmas}
 
 
 def by_arithmetic(
@@ -103,11 +123,11 @@ def products(query: Tensor, reference: Tensor, weights: Tensor) -> None:
 
 
 def measure_arithmetics(
-    batch_size: int, n: int, size: int, pairs: int, arithmetics: Sequence[Arithmetic]
+    batch_size: int, pixels: Tensor, sigmas: Sequence[float], pairs: int, arithmetics: Sequence[Arithmetic]
 ) -> list[dict[str, object]]:
     """The ratios to the products of named arithmetics, of references whose norms are known (a bank) or not."""
-    device = torch.device("cpu")
-    pixels = smooth_pixels(n, size, device).flatten(1)
+    device, shape, n = torch.device("cpu"), pixels.shape, len(pixels)
+    pixels = pixels.flatten(1)
     floats, weights = pixels.float() / 127.5 - 1, torch.rand(batch_size, n)
     cases = [
         (f"{name}{'' if norms is None else ' bank'}", reference, norms, arithmetic)
@@ -117,8 +137,8 @@ def measure_arithmetics(
         if arithmetic != "int8" or name == "uint8"
     ]
     rows: list[dict[str, object]] = []
-    for noise, sigma in noise_levels(batch_size, device).items():
-        query = noised(pixels.view(n, 3, size, size), sigma).flatten(1)
+    for noise, sigma in noise_levels(batch_size, sigmas, device).items():
+        query = noised(pixels.view(shape), sigma).flatten(1)
         bare = partial(products, query, floats, weights)
         for name, reference, norms, arithmetic in cases:
             call = partial(by_arithmetic, query, reference, norms, sigma, arithmetic)
@@ -131,13 +151,15 @@ def measure_arithmetics(
     return rows
 
 
-def measure_speed(batch_size: int, n: int, size: int, pairs: int, device: torch.device) -> list[dict[str, object]]:
-    pixels = smooth_pixels(n, size, device)
+def measure_speed(
+    batch_size: int, pixels: Tensor, sigmas: Sequence[float], pairs: int, device: torch.device
+) -> list[dict[str, object]]:
+    n = len(pixels)
     floats = pixels.float() / 127.5 - 1
     flat, weights = floats.flatten(1), torch.rand(batch_size, n, device=device)
     bank = ReferenceBank(pixels)
     rows: list[dict[str, object]] = []
-    for noise, sigma in noise_levels(batch_size, device).items():
+    for noise, sigma in noise_levels(batch_size, sigmas, device).items():
         noisy = noised(pixels, sigma)
         bare = partial(products, noisy.flatten(1), flat, weights)
         for name, call in (
@@ -185,6 +207,17 @@ def measure_memory(batch_size: int, n: int, size: int, kind: str) -> None:
         before = resident_peak()
         posterior_mean(noisy, reference, alpha=1.0, sigma=sigma)
         print((resident_peak() - before) / 2**10)
+
+
+def measure_memories(batch_size: int, n: int) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for kind in ("uint8", "float32"):
+        command = [sys.executable, __file__, "--memory_of", str(batch_size), str(n), "32", kind]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        mebibytes = float(done.stdout.split()[-1])
+        rows.append({"references": kind, "n": n, "mebibytes": mebibytes})
+        print(f"{kind:8s} n = {n}: {mebibytes:.0f}")
+    return rows
 
 
 def measure_accuracy(device: torch.device) -> list[dict[str, object]]:
@@ -237,6 +270,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--arithmetics", nargs="*", default=["int8", "float32", "float64"], help="Arithmetics to compare, on a CPU."
     )
+    parser.add_argument("--sigmas", type=float, nargs="+", default=[3, 6, 20], help="Besides EDM's draws.")
+    parser.add_argument("--dataset_name", help="Default: smooth random images.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--memory_of", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("posterior_mean.json"))
@@ -257,29 +293,32 @@ def main() -> None:
     print(
         "   B       n      D  noise        references     seconds  /products  broadcast(8 rows)/ours  broadcast(1 row)/ours"
     )
-    result["speed"] = [
-        row
+    images = {
+        (size, n): images_of(args.dataset_name, n, size, device)
         for size in args.image_sizes
-        for batch_size in args.batch_sizes
         for n in args.n
-        for row in measure_speed(batch_size, n, size, args.pairs, device)
-    ]
-    result["arithmetics"] = [
-        row
-        for n in args.n
-        if device.type == "cpu" and n <= 4096
-        for row in measure_arithmetics(args.batch_sizes[0], n, args.image_sizes[0], args.pairs, args.arithmetics)
-    ]
-    print("extra memory of a call, MiB")
-    result["memory"] = []
-    for kind in ("uint8", "float32"):
-        command = [sys.executable, __file__, "--memory_of", str(args.batch_sizes[0]), str(max(args.n)), "32", kind]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        mebibytes = float(done.stdout.split()[-1])
-        result["memory"].append({"references": kind, "n": max(args.n), "mebibytes": mebibytes})  # type: ignore[attr-defined]
-        print(f"{kind:8s} n = {max(args.n)}: {mebibytes:.0f}")
-    print("worst error, sigma = " + " ".join(f"{sigma:8g}" for sigma in SIGMAS))
-    result["accuracy"] = measure_accuracy(device)
+        if "speed" in args.parts or "arithmetics" in args.parts
+    }
+    if "speed" in args.parts:
+        result["speed"] = [
+            row
+            for batch_size in args.batch_sizes
+            for pixels in images.values()
+            for row in measure_speed(batch_size, pixels, args.sigmas, args.pairs, device)
+        ]
+    if "arithmetics" in args.parts and device.type == "cpu":
+        result["arithmetics"] = [
+            row
+            for (size, n), pixels in images.items()
+            if size == args.image_sizes[0] and (n <= 4096 or args.parts == ["arithmetics"])
+            for row in measure_arithmetics(args.batch_sizes[0], pixels, args.sigmas, args.pairs, args.arithmetics)
+        ]
+    if "memory" in args.parts:
+        print("extra memory of a call, MiB")
+        result["memory"] = measure_memories(args.batch_sizes[0], max(args.n))
+    if "accuracy" in args.parts:
+        print("worst error, sigma = " + " ".join(f"{sigma:8g}" for sigma in SIGMAS))
+        result["accuracy"] = measure_accuracy(device)
     args.output.write_text(json.dumps(result, indent=2))
 
 

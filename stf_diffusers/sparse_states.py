@@ -45,6 +45,9 @@ _NORM_TERMS = 64
 # Weights that have been corrected exceed 1 by as much as errors are that change them in proportion.
 _FULL = 15 / 16
 
+# Exponentials take a hundred times as long where they are denormal, which smaller exponents are in float32.
+_SLOW = -80.0
+
 # A larger exponent would overflow.
 _OVERFLOW = 500.0
 
@@ -154,7 +157,7 @@ class SparseQueries(Queries):
         if not len(rows := (counts > 0).nonzero().flatten()):
             return
         maximum = maximum[rows]
-        weights = _rows_of(logits, rows).sub_(maximum[:, None]).exp_()
+        weights = _rows_of(logits, rows).sub_(maximum[:, None]).clamp_(min=_SLOW).exp_()
         if self.arithmetic != "float64":
             self._correct(state, rows, maximum, weights, errors, rounded[rows], harmless[rows], chunk)
         few = counts <= torch.where(harmless, _FEW_INT8 if self.arithmetic == "int8" else _FEW, _FEW)

@@ -80,7 +80,7 @@ def test_classes_together(asked, dtype, flips):
     expected = by_class.result(torch.float64, centred_levels=dtype == torch.uint8)
     for together in grouped:
         result = together.result(torch.float64, centred_levels=dtype == torch.uint8)
-        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
         # Which also say how they are to be merged with others.
         total, alone = (state.maximum + state.normalizer.log() for state in (together, by_class))
         torch.testing.assert_close(total, alone, rtol=0, atol=1e-6)
