@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -22,6 +23,8 @@ from .integer_products import (
 )
 
 Arithmetic = Literal["int8", "float32", "float64"]
+
+_LOWEST = torch.finfo(torch.float64).min
 
 
 class PosteriorMean(NamedTuple):
@@ -64,7 +67,7 @@ class PosteriorState:
         """The state of both sets of references together."""
         maximum = torch.maximum(self.maximum, other.maximum)
         # A row for which every logit is -inf (all masked) has no maximum to subtract.
-        base = maximum.masked_fill(maximum.isneginf(), 0)
+        base = maximum.clamp_min(_LOWEST)
         left, right = self._relative_to(base), other._relative_to(base)
         return PosteriorState(
             maximum,
@@ -229,7 +232,9 @@ class Queries:
 
     def _integers(self, count: int) -> tuple[Tensor, Tensor]:
         """The queries (B, D) as integers of so many digits, and (B,) what these are to be multiplied with."""
-        scale = self.query.abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny) / full_scale(count)
+        scale = torch.linalg.vector_norm(self.query, math.inf, dim=1).clamp_min(
+            torch.finfo(torch.float64).tiny
+        ) / full_scale(count)
         return (self.query / scale[:, None]).round().to(torch.int32 if count == 4 else torch.int64), scale
 
     def logits(self, images: Tensor | FixedPoint, norms: Tensor) -> Tensor:
@@ -250,7 +255,7 @@ class Queries:
     def state(self, logits: Tensor, images: Tensor | FixedPoint) -> PosteriorState:
         """The state of references (c, D) with the given logits (B, c)."""
         maximum = logits.amax(1)
-        weights = (logits - maximum.masked_fill(maximum.isneginf(), 0)[:, None]).exp_()
+        weights = (logits - maximum.clamp_min(_LOWEST)[:, None]).exp_()
         total, normalizer = self._weighted_sum(weights, images)
         return PosteriorState(maximum, normalizer, weights.square_().sum(1), total)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -39,7 +40,8 @@ class FixedPoint(NamedTuple):
 def fixed_point(values: Tensor) -> FixedPoint:
     """Finite float32 rows (m, k), as multiples of 2^-46 of a power of two above each row's largest magnitude."""
     # Powers of two by their bits: what a device makes of powers is not always exact. Field 127 stands for 2^0.
-    field = (values.abs().amax(1).view(torch.int32) >> 23).clamp(45, 254)
+    largest = torch.linalg.vector_norm(values, math.inf, dim=1)
+    field = (largest.view(torch.int32) >> 23).clamp(45, 254)
     factor = ((299 - field) << 23).view(torch.float32)
     integers = (values * factor[:, None]).to(torch.int64)
     return FixedPoint(digits_of(integers, 6), factor.to(torch.float64).reciprocal())

@@ -31,9 +31,9 @@ from .precision import full_precision, without_autocast
 from .sparse_states import SparseQueries
 
 # Elements of a chunk of references. A CPU is fastest where what a product reads (8 or 16 MiB) stays in its cache; other
-# devices where there are few chunks (128 MiB in float64 or, of floating point references, as digits).
+# devices where there are few chunks (128 MiB in float64; of floating point references as digits up to 400 MiB for a moment).
 _CHUNK_ELEMENTS: dict[Arithmetic, int] = {"int8": 2**23, "float32": 2**22, "float64": 2**21}
-DENSE_CHUNK_ELEMENTS, DENSE_DIGITS_CHUNK_ELEMENTS = 2**24, 2**23
+DENSE_CHUNK_ELEMENTS = 2**24
 
 # References of a chunk whose weights are rounded to 2^-32 of the chunk's largest: 4e-6 in the mean at worst.
 _MAX_INT8_CHUNK = 2**14
@@ -148,7 +148,7 @@ def posterior_state(
             queries = Queries(noisy, alpha, sigma, levels, arithmetic, dense)
         else:
             queries = SparseQueries(noisy, alpha, sigma, levels, arithmetic, norms is not None)
-        state = PosteriorState.empty(batch_size, dimension, noisy.device)
+        state: PosteriorState | None = None
         for start in range(0, n, chunk_size):
             chunk = slice(start, min(start + chunk_size, n))
             images = reference[chunk].to(noisy.device, non_blocking=True).flatten(1)
@@ -159,12 +159,14 @@ def posterior_state(
                 known = queries.norms(images) if isinstance(queries, SparseQueries) else squared_norms(images)
             if norms is None and not levels:
                 # NaN for the rows that use such a reference, and nothing for the others: 0 times infinity is NaN too.
-                unusable = ~known.isfinite()
+                nothing = known * 0
+                unusable = nothing != 0
                 # Where everything is dense asking whether there are any would wait for the device.
                 if dense or bool(unusable.any()):
-                    images, known = images.masked_fill(unusable[:, None], 0), known.masked_fill(unusable, torch.nan)
+                    images, known = images.masked_fill(unusable[:, None], 0), known + nothing
             usable = None if mask is None else mask[:, chunk]
             if isinstance(queries, SparseQueries):
+                state = state or PosteriorState.empty(batch_size, dimension, noisy.device)
                 queries.add(state, images, known, usable)
             else:
                 read = as_multiplied(images, arithmetic)
@@ -172,15 +174,14 @@ def posterior_state(
                 if usable is not None:
                     logits = logits.masked_fill_(~usable, -torch.inf)
                 part = queries.state(logits, read)
-                state = state.merge(part) if start else part
-    return state
+                state = part if state is None else state.merge(part)
+    return state or PosteriorState.empty(batch_size, dimension, noisy.device)
 
 
 def _chunk_size(dimension: int, batch_size: int, arithmetic: Arithmetic, dtype: torch.dtype, dense: bool) -> int:
     """How many references are handled at a time."""
     if dense:
-        in_digits = arithmetic == "int8" and dtype != torch.uint8
-        elements = DENSE_DIGITS_CHUNK_ELEMENTS if in_digits else DENSE_CHUNK_ELEMENTS
+        elements = DENSE_CHUNK_ELEMENTS
     else:
         elements = _CHUNK_ELEMENTS[arithmetic]
         batch_size *= 4  # of 8-byte logits and of what they are made of

@@ -45,7 +45,7 @@ _NORM_TERMS = 64
 # Weights that have been corrected exceed 1 by as much as errors are that change them in proportion.
 _FULL = 15 / 16
 
-# Exponentials take a hundred times as long where they are denormal, which smaller exponents are in float32.
+# Exponentials take a hundred times as long where they are denormal, and ten times as long for -inf.
 _SLOW = -80.0
 
 # A larger exponent would overflow.
@@ -158,6 +158,7 @@ class SparseQueries(Queries):
             return
         maximum = maximum[rows]
         weights = _rows_of(logits, rows).sub_(maximum[:, None]).clamp_(min=_SLOW).exp_()
+        torch.threshold_(weights, math.exp(_SLOW + 1), 0)
         if self.arithmetic != "float64":
             self._correct(state, rows, maximum, weights, errors, rounded[rows], harmless[rows], chunk)
         few = counts <= torch.where(harmless, _FEW_INT8 if self.arithmetic == "int8" else _FEW, _FEW)

@@ -91,9 +91,7 @@ def on_cpu_alone(make):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
 def test_batch_of_4096(process, dtype, arithmetic):
     objective, reference = STFTrainingObjective(process), images(4096, dtype)
-    # Digits of floating point references are made of half as many at a time.
-    ceiling = 250 if arithmetic == "int8" and dtype != torch.uint8 else 150
-    assert launches(lambda: objective.perturb(reference[:64], reference=reference)) <= ceiling
+    assert launches(lambda: objective.perturb(reference[:64], reference=reference)) <= 150
 
 
 def test_batch_with_classes(arithmetic):
@@ -106,12 +104,16 @@ def test_batch_with_classes(arithmetic):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("augmentation", ["none", "horizontal_flip"])
 def test_bank_of_50000(dtype, augmentation, arithmetic):
-    """60 for each chunk of 2^24 elements, 70 of 2^23 in digits, beside what a step without references launches."""
+    """60 for each chunk of 2^24 elements beside what a step without references launches.
+
+    72 where the products of six digits with six are made in two parts, for twice as many queries.
+    """
     objective, references = STFTrainingObjective(EDM()), bank(50_000, dtype, augmentation=augmentation)
     source = images(64, dtype)
     alone = launches(lambda: objective.perturb(source))
-    in_digits = arithmetic == "int8" and dtype != torch.uint8
-    chunks, ceiling = -(-50_000 * 3072 // (2**23 if in_digits else 2**24)), 70 if in_digits else 60
+    chunks = -(-50_000 * 3072 // 2**24)
+    in_parts = arithmetic == "int8" and dtype != torch.uint8 and augmentation != "none"
+    ceiling = 72 if in_parts else 60
     assert launches(lambda: objective.perturb(source, reference=references)) - alone <= ceiling * chunks
 
 
