@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# With errors of at most this size, averaged over the weights, logits are used as they are: two groups of duplicates that are as
-# far apart as images can be, whose errors do not average, still have their mean to 1e-5.
+# With errors of at most this size, averaged over the weights, logits are used as they are. The mean of two groups of duplicates
+# that are as far apart as images can be, whose errors do not average, is off by as much if both are at their bounds, with
+# opposite signs; bounds by measurements are never attained like that, and the mean is right to half of it.
 _SMALL = 2e-5
 
 # Errors of at most this size change weights in proportion, to a few per cent.
@@ -75,7 +76,7 @@ class LogitErrors(NamedTuple):
 
 
 def is_allowed(left: Tensor, total: Tensor) -> Tensor:
-    """Whether so much may be `left` (..., 2), of weights whose sum is `total` (...), for the mean to be right to 1e-5.
+    """Whether so much may be `left` (..., 2), of weights whose sum is `total` (...), for the mean to be right.
 
     Errors of at most e of a share u of all weights change a mean of values in [-1, 1] by at most e (1 + u)^2 / 4, and by
     2 e u (1 - u) where u is below 1/3: by no more than the same errors of all weights if e is smaller in this proportion.

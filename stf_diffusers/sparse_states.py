@@ -37,15 +37,15 @@ _TERMS, _SUMS = 256, 16
 
 # Rounding errors of float32 logits are counted in units of |x_t| |x_i| / sigma^2 times 2^-24, and fall with the root of the
 # number of sums. Measured for images, white noise, black and white, ramps and constants of 3 to 200,000 values and sigma from
-# 0.05 to 80: at most so many, and more where sums grow all along, in proportion to |x_i| / |x_t|. Float32 norms are right to
-# so many units.
+# 0.05 to 80, with white noise: at most so many, and more where sums grow all along, in proportion to |x_i| / |x_t|. Float32
+# norms are right to so many units.
 _UNIT, _ERRORS, _OF_PARALLELS, _OF_NORMS = 2.0**-24, 3.0, 25.0, 6.0
 _NORM_TERMS = 64
 
 # Weights that have been corrected exceed 1 by as much as errors are that change them in proportion.
 _FULL = 15 / 16
 
-# Exponentials take a hundred times as long where they are denormal, and ten times as long for -inf.
+# Smaller exponents stand for nothing: exponentials take ten times as long for -inf, a hundred where they are denormal.
 _SLOW = -80.0
 
 # A larger exponent would overflow.
@@ -103,9 +103,9 @@ class SparseQueries(Queries):
             self.unit = self.product_scale / 2 * math.sqrt(noisy.shape[1])
         if arithmetic == "float32":
             self.rounded = self.query.to(torch.float32)
-            length = torch.linalg.vector_norm(self.query, dim=1)
-            self.unit = _UNIT * length * self.inverse_variance
-            self.parallel = (self.half_scale / self.inverse_variance * 2 / length).nan_to_num(torch.inf)
+            self.length = torch.linalg.vector_norm(self.query, dim=1)
+            self.unit = _UNIT * self.length * self.inverse_variance
+            self.parallel = (self.half_scale / self.inverse_variance * 2 / self.length).nan_to_num(torch.inf)
 
     def read(self, images: Tensor) -> Tensor:
         """A chunk of references (c, D), uint8 pixels or floating point, as the products read it, until the next is read."""
@@ -175,13 +175,16 @@ class SparseQueries(Queries):
             return self.logits(images, norms), LogitErrors(zero, zero, lengths), zero
         longest = lengths.amax()
         if self.arithmetic == "int8":
-            return self.logits(images, norms), LogitErrors(self.unit, zero, lengths), 2 * self.unit * longest
-        parallel = (self.parallel * longest).clamp(max=1)
+            # Twice, as errors can be as large as that, and of both signs.
+            return self.logits(images, norms), LogitErrors(2 * self.unit, zero, lengths), 2 * self.unit * longest
+        product = _product_in_blocks(self.rounded, images)
+        # Cosines with the references tell of noise that is not white.
+        cosine = (product.abs() * lengths.reciprocal().masked_fill_(lengths == 0, 0)).amax(1) / self.length
+        parallel = torch.fmax(self.parallel * longest, cosine).clamp(max=1)
         of_product = self.unit * (_ERRORS + _OF_PARALLELS * parallel) / math.sqrt(max(1, images.shape[1] / _TERMS))
         of_norms = zero if self.norms_are_exact else _OF_NORMS * _UNIT * self.half_scale
-        logits = self.reduced(_product_in_blocks(self.rounded, images), norms)
-        slack = 2 * (8 + math.sqrt(images.shape[1])) * self.unit * longest
-        return logits, LogitErrors(of_product, of_norms, lengths), slack
+        slack = 2 * (8 + math.sqrt(images.shape[1])) * self.unit * longest + 2 * of_norms * longest**2
+        return self.reduced(product, norms), LogitErrors(of_product, of_norms, lengths), slack
 
     def _correct(
         self,
@@ -218,7 +221,7 @@ class SparseQueries(Queries):
             row, column = pairs.unbind(1)
             exact = self._exact_logits(rows[wrong], pairs, chunk)
             weights[wrong[row], column] = exact.sub_(maximum[wrong[row]]).exp_()
-        self._left[rows] = left.log_().add_(maximum[:, None])
+        self._left[rows] = torch.maximum(self._left[rows], left.log_().add_(maximum[:, None]))
 
     def _add_many(self, state: PosteriorState, rows: Tensor, maximum: Tensor, weights: Tensor, images: Tensor) -> None:
         """Add references (c, D) with exp(maximum) (b,) times weights (b, c), which are changed, to some rows (b,)."""

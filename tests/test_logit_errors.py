@@ -34,15 +34,19 @@ def references(kind, n, dimension):
 @pytest.mark.parametrize(
     "kind", ["white noise", "black and white", "nearly black", "constant", "normal", "constant float", "positive"]
 )
+@pytest.mark.parametrize("noise", ["white", "one value"])
 @pytest.mark.parametrize("dimension", [3, 100, 768, 3072, 50_000])
-def test_float32_logits_are_within_their_bounds(kind, dimension):
+def test_float32_logits_are_within_their_bounds(kind, dimension, noise):
+    if noise != "white" and dimension > 3072:
+        pytest.skip("four times the bound")
     reference = references(kind, max(16, min(256, 2**20 // dimension)), dimension)
     levels = reference.dtype == torch.uint8
     clean = reference.double() / 127.5 - 1 if levels else reference.double()
     rows = torch.arange(8)
     for level in (0.05, 0.5, 3.0, 10.0, 80.0):
         sigma, alpha = torch.full((8,), level, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
-        noisy = (clean[rows] + level * normal(8, dimension)).float().double()
+        draws = normal(8, dimension) if noise == "white" else normal(8, 1).abs().expand(8, dimension)
+        noisy = (clean[rows] + level * draws).float().double()
         queries = SparseQueries(noisy, alpha, sigma, levels, "float32", norms_are_known=False)
         images = queries.read(reference)
         norms = queries.norms(images)
@@ -134,3 +138,64 @@ def test_the_account_is_kept_over_chunks():
         assert bool(is_allowed(left, state.normalizer * (1 + 1e-3)).all())
     assert float(wrong.max()) > LIMIT / 2
     assert math.isfinite(float(wrong.sum()))
+
+
+@pytest.mark.parametrize(("arithmetic", "sigma"), [("int8", 0.01), ("int8", 0.1), ("float32", 0.1), ("float32", 1.0)])
+def test_masked_references_stay_out_where_many_are_computed_again(arithmetic, sigma):
+    """More than are told one by one, all near each other: those that are masked are as likely."""
+    draws = torch.Generator().manual_seed(0)
+    pixels = torch.randint(20, 236, (1, 3072), generator=draws).repeat(400, 1)
+    changed = max(1, int((sigma * 127.5) ** 2 / 4))
+    for row in range(400):
+        pixels[row, torch.randint(0, 3072, (changed,), generator=draws)] += 1 if row < 200 else 4
+    pixels = pixels.to(torch.uint8)
+    exact = pixels.double() / 127.5 - 1
+    mask = torch.ones(3, 400, dtype=torch.bool)
+    mask[:2, 200:] = False
+    level = torch.full((3,), sigma)
+    noisy = (exact[:3] + sigma * normal(3, 3072, seed=1)).float()
+    weights, expected = posterior(noisy, exact, torch.ones(3), level, mask)
+    found = posterior_mean(noisy, pixels, alpha=1.0, sigma=level, mask=mask, arithmetic=arithmetic)
+    assert worst(found.mean, expected) < 1e-5
+    torch.testing.assert_close(found.effective_sample_size.double(), 1 / weights.square().sum(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("dimension", "offset", "sigma"), [(64, 10, 0.002), (3072, 10, 0.002), (3072, 100, 0.05)])
+def test_references_that_only_rounded_norms_tell_apart(dimension, offset, sigma):
+    """Of a noisy image that is black, all references are as likely: they are one image, with its pixels in another order."""
+    draws = torch.Generator().manual_seed(1)
+    values = torch.rand(dimension, generator=draws) * 2 - 1 + offset
+    reference = torch.stack([values[torch.randperm(dimension, generator=draws)] for _ in range(40)])
+    found = posterior_mean(torch.zeros(1, dimension), reference, alpha=1.0, sigma=sigma, arithmetic="float32")
+    assert worst(found.mean, reference.double().mean(0, keepdim=True)) < 1e-5 * offset
+    assert found.effective_sample_size.item() == pytest.approx(40, rel=1e-3)
+
+
+@pytest.mark.parametrize("copies", [1, 50])
+@pytest.mark.parametrize("dimension", [3, 64, 3072])
+def test_what_8_bit_products_round_off_all_in_one_direction(dimension, copies):
+    """Pixels just below half a unit of the last digit, and two images that differ in all of them."""
+    pixels = torch.full((2 * copies, dimension), 255, dtype=torch.uint8)
+    pixels[copies:, 1:] = 0
+    unit = 0.3 / (127 * (256**4 - 1) / 255)
+    noisy = torch.full((1, dimension), 0.499 * unit, dtype=torch.float64)
+    noisy[0, 0] = 0.3
+    exact = pixels.double() / 127.5 - 1
+    for part in torch.linspace(0.5, 3, 26).tolist():
+        sigma = (unit / 2 * dimension / (part * 1e-5)) ** 0.5
+        expected = posterior(noisy, exact, torch.ones(1), torch.tensor([sigma], dtype=torch.float64))[1]
+        found = posterior_mean(noisy, pixels, alpha=1.0, sigma=sigma, arithmetic="int8")
+        assert worst(found.mean, expected) <= 1.05e-5, part
+
+
+@pytest.mark.parametrize("copies", [1, 40])
+@pytest.mark.parametrize("dimension", [1024, 3072, 16384])
+def test_images_without_noise(dimension, copies):
+    """Half-way between two groups of constant images, whose sums grow all along: at any sigma both are as likely."""
+    for middle, half in ((0.05, 0.9), (0.14, 0.49), (0.3, 0.66), (0.6, 0.4)):
+        values = torch.tensor([middle + half, middle - half])
+        reference = values.repeat_interleave(copies)[:, None].repeat(1, dimension)
+        noisy = reference.double().mean(0, keepdim=True)
+        for sigma in torch.logspace(-1.5, 1.9, 25).tolist():
+            found = posterior_mean(noisy, reference, alpha=1.0, sigma=sigma, arithmetic="float32")
+            assert worst(found.mean, noisy) < 1e-5, (middle, sigma)
