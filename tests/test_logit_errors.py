@@ -34,11 +34,11 @@ def references(kind, n, dimension):
 @pytest.mark.parametrize(
     "kind", ["white noise", "black and white", "nearly black", "constant", "normal", "constant float", "positive"]
 )
-@pytest.mark.parametrize("noise", ["white", "one value"])
-@pytest.mark.parametrize("dimension", [3, 100, 768, 3072, 50_000])
+@pytest.mark.parametrize(
+    ("noise", "dimension"),
+    [*(("white", dimension) for dimension in (3, 100, 768, 3072, 50_000)), ("one value", 100), ("one value", 3072)],
+)
 def test_float32_logits_are_within_their_bounds(kind, dimension, noise):
-    if noise != "white" and dimension > 3072:
-        pytest.skip("four times the bound")
     reference = references(kind, max(16, min(256, 2**20 // dimension)), dimension)
     levels = reference.dtype == torch.uint8
     clean = reference.double() / 127.5 - 1 if levels else reference.double()
