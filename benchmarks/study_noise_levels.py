@@ -15,14 +15,16 @@
 
 Each call goes on where the last one stopped, killed or not. A run is PROCESS-TARGET[@LEVELS]: the target is dsm, or stf with
 all images; the levels are the process's own, `profile`, `adaptive`, `adaptive-weighted` (with importance weights), or the mean
-and the deviation of ln(sigma / alpha). Runs of a seed share weights, data order and the generators of noise. The last call writes results.md, a figure of the distances, and samples of the
-same seeds. Distances are as in study_cifar10.py, half-way and at the end.
+and the deviation of ln(sigma / alpha). Runs of a seed share weights, data order and the generators of noise. The last call
+writes results.md, a figure of the distances, and samples of the same seeds. Distances are as in study_cifar10.py, half-way and
+at the end; with `--checkpoints 11` at nine more in between, which tells how much they vary from one to the next.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,8 +73,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--runs", nargs="+", default=list(RUNS), help="PROCESS-dsm is what the others of a process are compared with."
     )
     parser.add_argument("--num_samples", type=int, default=5000, help="For each distance.")
+    parser.add_argument(
+        "--checkpoints", type=int, default=2, help="Distances at so many, equally far apart, from half-way to the end."
+    )
     parser.add_argument("--minutes", type=float, default=9, help="Stop after this time, at the latest a minute later.")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.checkpoints < 2 or args.steps % (2 * (args.checkpoints - 1)):
+        parser.error(
+            f"--checkpoints {args.checkpoints} must be at least 2 and divide half of --steps {args.steps} into equal parts."
+        )
+    return args
+
+
+def evaluated_steps(args: argparse.Namespace) -> range:
+    half = args.steps // 2
+    return range(half, args.steps + 1, half // (args.checkpoints - 1))
 
 
 @dataclass(frozen=True)
@@ -90,7 +105,7 @@ class Run:
         what, _, levels = self.name.partition("@")
         process, target = what.split("-")
         flags = ["--train_batch_size", "64", "--max_train_steps", str(args.steps), "--seed", str(self.seed)]
-        flags += ["--checkpointing_steps", str(args.steps // 4), "--report_to", "none"]
+        flags += ["--checkpointing_steps", str(min(args.steps // 4, evaluated_steps(args).step)), "--report_to", "none"]
         flags += ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", str(args.steps // 20)]
         flags += ["--learning_rate", str(args.learning_rate), "--model_config", args.preset or str(network(args))]
         flags += ["--dataset_name", args.dataset_name] if args.dataset_name else []
@@ -187,33 +202,73 @@ def report(args: argparse.Namespace) -> None:
     """results.md and the figures."""
     results = [json.loads(path.read_text()) for path in sorted((args.output_dir / "evaluations").glob("*.json"))]
     noise = {row["run"]: row for row in json.loads((args.output_dir / "noise.json").read_text())}
-    steps = (args.steps // 2, args.steps)
+    steps, first = evaluated_steps(args), args.runs[0]
 
     def select(name: str, step: int, key: str = "distance") -> list[float]:
         found = [row for row in results if (row["run"], row["step"]) == (name, step)]
         return [row[key] for row in sorted(found, key=lambda row: row["seed"])]
 
-    first = args.runs[0]
-    heads = [f"{64 * step:,} images{what}" for step in steps for what in ("", " minus DSM's")]
+    def curves(name: str) -> list[list[float]]:
+        """Of each seed, the distances at the evaluated steps."""
+        return [list(curve) for curve in zip(*(select(name, step) for step in steps), strict=True)]
+
+    heads = [f"{64 * step:,} images{what}" for step in (steps[0], steps[-1]) for what in ("", " minus DSM's")]
+    heads += ["of DSM's images", *(["between checkpoints"] if args.checkpoints > 3 else [])]
+    heads += ["images / s", f"gradient noise / {first}'s"]
     lines = [
         f"Squared Fréchet distance of {args.num_samples} samples in 35 evaluations; seeds 0 to {args.seeds - 1}.", "",
-        "| run | " + " | ".join(heads) + f" | images / s | gradient noise / {first}'s |", "|---|---|---|---|---|---|---|",
+        "| run | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|",
     ]  # fmt: skip
     for name in args.runs:
         cells, dsm = [name], f"{name.split('-')[0]}-dsm"
-        for step in steps:
+        for step in (steps[0], steps[-1]):
             values = select(name, step)
             differences = [value - other for value, other in zip(values, select(dsm, step), strict=False)]
             cells += [spread(values), spread(differences, error=True) if differences and name != dsm else ""]
+        ends = select(dsm, args.steps)
+        shares = [share_of_images(steps, curve, end) for curve, end in zip(curves(name), ends, strict=False)]
+        reached = [share for share in shares if share is not None]
+        cells += [f"{spread(reached, error=True)} ({len(reached)} of {len(shares)})" if reached and name != dsm else ""]
+        if args.checkpoints > 3:
+            cells += [spread([variation(steps, curve) for curve in curves(name)])]
         cells += [f"{mean(select(name, args.steps, 'images_per_second')):.0f}"]
         cells += [f"{noise[name]['gradient_noise'] / noise[first]['gradient_noise']:.3f}" if name in noise else ""]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "± is the standard deviation over seeds; of differences, the standard error of their mean."]
+    lines += [
+        "",
+        "± is the standard deviation over seeds; of differences and shares, the standard error of their mean.",
+    ]
+    lines += [
+        "of DSM's images: the share of them that a run needs for the distance that DSM of its process and seed has at the end."
+    ]
+    if args.checkpoints > 3:
+        lines += ["between checkpoints: the standard deviation of ln(distance) about a parabola in ln(images)."]
     (args.output_dir / "results.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
     draw_distances(args, results)
     draw_samples(args)
+
+
+def share_of_images(steps: Sequence[int], distances: Sequence[float], wanted: float) -> float | None:
+    """What share of the last of the steps it takes to a wanted distance, linear between steps in the logarithms of both.
+
+    None where the first distance is smaller already, or none is.
+    """
+    for i in range(1, len(steps)):
+        if distances[i] <= wanted < distances[i - 1]:
+            done = math.log(distances[i - 1] / wanted) / math.log(distances[i - 1] / distances[i])
+            return steps[i - 1] / steps[-1] * (steps[i] / steps[i - 1]) ** done
+    return None
+
+
+def variation(steps: Sequence[int], distances: Sequence[float]) -> float:
+    """The standard deviation of ln(distance) about its best parabola in ln(step)."""
+    places = torch.tensor(steps, dtype=torch.float64).log()
+    values = torch.tensor(distances, dtype=torch.float64).log()
+    powers = (places - places.mean())[:, None] ** torch.arange(3)
+    rest = values - powers @ torch.linalg.lstsq(powers, values[:, None]).solution[:, 0]
+    return math.sqrt(float(rest.square().sum()) / (len(steps) - 3))
 
 
 def draw_distances(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
@@ -271,7 +326,7 @@ def main() -> None:
     data = data_features(images, extractor, None, quiet=True)
     work: list[tuple[Path, Any]] = [(args.output_dir / "noise.json", lambda: gradient_noise(args, images))]
     for run in runs:
-        for step in (args.steps // 2, args.steps):
+        for step in evaluated_steps(args):
             path = args.output_dir / "evaluations" / f"{run.folder(args).name}-{step}.json"
             work.append((path, lambda run=run, step=step: evaluate(run, step, args, extractor, data)))
     for path, compute in work:
