@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ RUNS = (
     "edm-dsm", "edm-stf", "edm-dsm@profile", "edm-stf@profile", "edm-stf@adaptive",
     "ve-dsm", "ve-stf", "ve-dsm@profile", "ve-stf@profile", "vp-dsm", "vp-stf", "vp-dsm@profile", "vp-stf@profile",
 )  # fmt: skip
+RUN = re.compile(r"(edm|ve|vp)-(dsm|stf)(@(profile|adaptive(-weighted)?|-?[0-9.]+,[0-9.]+))?")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -78,10 +80,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=9, help="Stop after this time, at the latest a minute later.")
     args = parser.parse_args(argv)
-    if args.checkpoints < 2 or args.steps % (2 * (args.checkpoints - 1)):
+    if args.checkpoints < 2 or args.steps % 4 or args.steps % (2 * (args.checkpoints - 1)):
         parser.error(
-            f"--checkpoints {args.checkpoints} must be at least 2 and divide half of --steps {args.steps} into equal parts."
+            f"--steps {args.steps} must be a multiple of 4, and its half of --checkpoints {args.checkpoints} less one, which are "
+            "at least 2."
         )
+    wrong = [name for name in args.runs if not RUN.fullmatch(name)]
+    if wrong:
+        parser.error(f"--runs {' '.join(wrong)}: a run is PROCESS-TARGET[@LEVELS], such as {' '.join(RUNS[-4:])}.")
     return args
 
 
@@ -166,43 +172,48 @@ def levels_drawn(run: Run, step: int, args: argparse.Namespace, process: NoisePr
     return distribution
 
 
-def gradient_noise(args: argparse.Namespace, images: ImageColumn) -> list[dict[str, Any]]:
-    """Noise of the gradient as drawn, for the half-trained network of the first run's seed 0, by each EDM run's target and
-    levels.
+def edm_runs(args: argparse.Namespace) -> list[str]:
+    return [name for name in args.runs if name.startswith("edm-")]
 
-    Trace of the covariance of the gradient of batches of 16 images, over 64 batches, and the squared norm of its mean.
+
+def gradient_noise(name: str, args: argparse.Namespace, images: ImageColumn) -> dict[str, Any]:
+    """Noise of the gradient as drawn, by the target and the levels of an EDM run.
+
+    Trace of the covariance of the gradient of batches of 16 images, over 64 batches, and the squared norm of its mean; for all
+    runs in the half-trained network of the first EDM run's seed 0.
     """
     batch_size, num_batches = 16, 64
-    pipeline = averaged(Run(args.runs[0], 0), args.steps // 2, args)
+    pipeline = averaged(Run(edm_runs(args)[0], 0), args.steps // 2, args)
     assert images.images is not None  # decoded without a budget
     trained, pixels = network_of(pipeline), images.images.to(DEVICE)
-    bank, found = ReferenceBank(pixels), []
-    for name in [name for name in args.runs if name.startswith("edm-")]:
-        distribution = levels_drawn(Run(name, 0), args.steps // 2, args, pipeline.process)
-        objective = STFTrainingObjective(pipeline.process, distribution=distribution)
-        draws, gradients = torch.Generator(DEVICE).manual_seed(0), []
-        for _ in range(num_batches):
-            rows = torch.randperm(len(pixels), generator=draws, device=DEVICE)[:batch_size]
-            references: dict[str, Any] = {"reference": bank, "source_index": rows} if "-stf" in name else {}
-            perturbed = objective.perturb(pixels[rows], generator=draws, **references)
-            weights = None
-            if isinstance(distribution, AdaptiveNoise) and name.endswith("weighted"):
-                weights = distribution.importance_weights(perturbed.sigma / perturbed.alpha)
-            output = trained(perturbed.model_input, perturbed.timestep).sample
-            loss = objective.loss(output, perturbed, weights)
-            parts = torch.autograd.grad(loss, list(trained.parameters()))
-            gradients.append(torch.cat([part.flatten() for part in parts]).cpu())
-        stacked = torch.stack(gradients).double()
-        noise, norm = float(stacked.var(0).sum()), float(stacked.mean(0).square().sum())
-        found.append({"run": name, "gradient_noise": noise, "gradient_norm_squared": norm})
-    return found
+    distribution = levels_drawn(Run(name, 0), args.steps // 2, args, pipeline.process)
+    objective = STFTrainingObjective(pipeline.process, distribution=distribution)
+    bank = ReferenceBank(pixels) if "-stf" in name else None
+    draws, gradients = torch.Generator(DEVICE).manual_seed(0), []
+    for _ in range(num_batches):
+        rows = torch.randperm(len(pixels), generator=draws, device=DEVICE)[:batch_size]
+        references: dict[str, Any] = {"reference": bank, "source_index": rows} if bank else {}
+        perturbed = objective.perturb(pixels[rows], generator=draws, **references)
+        weights = None
+        if isinstance(distribution, AdaptiveNoise) and name.endswith("weighted"):
+            weights = distribution.importance_weights(perturbed.sigma / perturbed.alpha)
+        output = trained(perturbed.model_input, perturbed.timestep).sample
+        loss = objective.loss(output, perturbed, weights)
+        parts = torch.autograd.grad(loss, list(trained.parameters()))
+        gradients.append(torch.cat([part.flatten() for part in parts]).cpu())
+    stacked = torch.stack(gradients).double()
+    noise, norm = float(stacked.var(0).sum()), float(stacked.mean(0).square().sum())
+    return {"run": name, "gradient_noise": noise, "gradient_norm_squared": norm}
 
 
 def report(args: argparse.Namespace) -> None:
     """results.md and the figures."""
     results = [json.loads(path.read_text()) for path in sorted((args.output_dir / "evaluations").glob("*.json"))]
-    noise = {row["run"]: row for row in json.loads((args.output_dir / "noise.json").read_text())}
-    steps, first = evaluated_steps(args), args.runs[0]
+    noise = {
+        name: json.loads((args.output_dir / f"noise-{name}.json").read_text())["gradient_noise"]
+        for name in edm_runs(args)
+    }
+    steps, first = evaluated_steps(args), next(iter(noise), "")
 
     def select(name: str, step: int, key: str = "distance") -> list[float]:
         found = [row for row in results if (row["run"], row["step"]) == (name, step)]
@@ -214,7 +225,7 @@ def report(args: argparse.Namespace) -> None:
 
     heads = [f"{64 * step:,} images{what}" for step in (steps[0], steps[-1]) for what in ("", " minus DSM's")]
     heads += ["of DSM's images", *(["between checkpoints"] if args.checkpoints > 3 else [])]
-    heads += ["images / s", f"gradient noise / {first}'s"]
+    heads += ["images / s", *([f"gradient noise / {first}'s"] if noise else [])]
     lines = [
         f"Squared Fréchet distance of {args.num_samples} samples in 35 evaluations; seeds 0 to {args.seeds - 1}.", "",
         "| run | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|",
@@ -225,14 +236,13 @@ def report(args: argparse.Namespace) -> None:
             values = select(name, step)
             differences = [value - other for value, other in zip(values, select(dsm, step), strict=False)]
             cells += [spread(values), spread(differences, error=True) if differences and name != dsm else ""]
-        ends = select(dsm, args.steps)
-        shares = [share_of_images(steps, curve, end) for curve, end in zip(curves(name), ends, strict=False)]
-        reached = [share for share in shares if share is not None]
-        cells += [f"{spread(reached, error=True)} ({len(reached)} of {len(shares)})" if reached and name != dsm else ""]
+        pairs = list(zip(curves(name), select(dsm, args.steps), strict=False))
+        cells += [shares(steps, pairs) if name != dsm else ""]
         if args.checkpoints > 3:
             cells += [spread([variation(steps, curve) for curve in curves(name)])]
         cells += [f"{mean(select(name, args.steps, 'images_per_second')):.0f}"]
-        cells += [f"{noise[name]['gradient_noise'] / noise[first]['gradient_noise']:.3f}" if name in noise else ""]
+        if noise:
+            cells += [f"{noise[name] / noise[first]:.3f}" if name in noise else ""]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -250,16 +260,28 @@ def report(args: argparse.Namespace) -> None:
     draw_samples(args)
 
 
-def share_of_images(steps: Sequence[int], distances: Sequence[float], wanted: float) -> float | None:
-    """What share of the last of the steps it takes to a wanted distance, linear between steps in the logarithms of both.
+def shares(steps: Sequence[int], pairs: Sequence[tuple[Sequence[float], float]]) -> str:
+    """What share of the last of the steps it takes to wanted distances, mean and standard error.
 
-    None where the first distance is smaller already, or none is.
+    Linear between steps in the logarithms of both. Runs that have the distance at the first step already, or never, are counted.
+
+    Args:
+        steps: where distances were measured.
+        pairs: of each seed, the distances and the wanted one.
     """
-    for i in range(1, len(steps)):
-        if distances[i] <= wanted < distances[i - 1]:
-            done = math.log(distances[i - 1] / wanted) / math.log(distances[i - 1] / distances[i])
-            return steps[i - 1] / steps[-1] * (steps[i] / steps[i - 1]) ** done
-    return None
+    between = [share_of_images(steps, curve, wanted) for curve, wanted in pairs if curve[0] > wanted >= min(curve)]
+    early = sum(curve[0] <= wanted for curve, wanted in pairs)
+    never = len(pairs) - len(between) - early
+    found = [spread(between, error=True)] if between else []
+    found += [f"{early} below {steps[0] / steps[-1]:.2g}"] if early else []
+    return ", ".join(found + ([f"{never} not reached"] if never else []))
+
+
+def share_of_images(steps: Sequence[int], distances: Sequence[float], wanted: float) -> float:
+    """That of one curve, which first is above the wanted distance, and then is not."""
+    i = next(i for i, distance in enumerate(distances) if distance <= wanted)
+    done = math.log(distances[i - 1] / wanted) / math.log(distances[i - 1] / distances[i])
+    return steps[i - 1] / steps[-1] * (steps[i] / steps[i - 1]) ** done
 
 
 def variation(steps: Sequence[int], distances: Sequence[float]) -> float:
@@ -310,9 +332,13 @@ def draw_samples(args: argparse.Namespace, count: int = 12, width: int = 40) -> 
 
 def main() -> None:
     args = parse_args()
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "minutes")}
+    # More seeds and runs only add to what there is.
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("output_dir", "minutes", "seeds", "runs")
+    }
     path = args.output_dir / "settings.json"
-    if path.exists() and (before := json.loads(path.read_text())) != settings:
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if any(before.get(name, value) != value for name, value in settings.items()):
         raise ValueError(f"{args.output_dir} was begun with {before}; got {settings}. Choose another --output_dir.")
     write(path, settings)
     deadline = time.monotonic() + 60 * args.minutes
@@ -324,7 +350,10 @@ def main() -> None:
     extractor = transformers_features(train_extractor(args.output_dir, args.dataset_name), device=DEVICE)
     images = load_images(args.dataset_name)
     data = data_features(images, extractor, None, quiet=True)
-    work: list[tuple[Path, Any]] = [(args.output_dir / "noise.json", lambda: gradient_noise(args, images))]
+    work: list[tuple[Path, Any]] = [
+        (args.output_dir / f"noise-{name}.json", lambda name=name: gradient_noise(name, args, images))
+        for name in edm_runs(args)
+    ]
     for run in runs:
         for step in evaluated_steps(args):
             path = args.output_dir / "evaluations" / f"{run.folder(args).name}-{step}.json"

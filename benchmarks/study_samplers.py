@@ -124,7 +124,9 @@ def main() -> None:
     results = []
     for sampler in SAMPLERS:
         for run in [Run(name, seed) for seed in range(args.seeds) for name in args.runs]:
-            path = args.output_dir / "samplers" / f"{run.folder(args).name}-{sampler}-{args.num_samples}.json"
+            path = (
+                args.output_dir / "samplers" / f"{run.folder(args).name}-{args.steps}-{sampler}-{args.num_samples}.json"
+            )
             if not path.exists():
                 if time.monotonic() > deadline:
                     print(f"Stopped before {path.name}. Call again.")

@@ -160,7 +160,7 @@ def check_flags(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.noise_distribution != "adaptive"
          and (args.importance_weights or (args.adaptive_power, args.adaptive_floor) != (None, None)),
          "--adaptive_power, --adaptive_floor and --importance_weights need --noise_distribution adaptive."),
-        (args.noise_distribution not in (None, "adaptive") and twice,
+        (twice and (args.noise_distribution not in (None, "adaptive") or (args.noise_mean, args.noise_std) != (None, None)),
          f"--{twice} and --noise_distribution both say what noise levels are drawn. Leave one out."),
     ]
     latents = [
@@ -446,7 +446,9 @@ def main(argv: list[str] | None = None) -> None:
                 "num_classes": images.num_classes, "reference": references.kind, "reference_batch_size": references.n,
                 "num_processes": num_processes, "share_reference": references.shared,
                 "process": process_to_config(process), "sampling_range": sampling_range,
-                "noise_distribution": distribution_settings(distribution, importance_weights=args.importance_weights),
+                "noise_distribution": distribution_settings(
+                    distribution, profile=args.noise_distribution == "profile", importance_weights=args.importance_weights
+                ),
                 "null_label": conditioning.null_label if args.class_dropout else None,
             },
         )  # fmt: skip

@@ -48,7 +48,8 @@ class AdaptiveNoise(NoiseDistribution):
         device: where levels are used.
 
     Raises:
-        ValueError: a parameter out of its range, or a prior of which next to nothing lies in the process's range.
+        ValueError: a parameter out of its range, a prior of which next to nothing lies in the process's range, or fewer than 3
+            timesteps.
         TypeError: the process does not say what levels it draws, and there is no other prior.
     """
 
@@ -74,6 +75,10 @@ class AdaptiveNoise(NoiseDistribution):
         self.prior, self.prior_is_own = (process.level_distribution(), True) if prior is None else (prior, False)
         self.power, self.floor, self.memory = power, floor, memory
         cells = process.level_cells()
+        if cells is not None and len(cells) < 4:
+            raise ValueError(
+                f"the process has {len(cells) - 1} timesteps; levels can be adapted where there are 3 or more."
+            )
         low, high = process.training_range()
         self._range = (low, high)
         ends = torch.tensor([low, high], dtype=torch.float64, device="cpu").log()

@@ -228,6 +228,12 @@ class SchedulerProcess(NoiseProcess):
 
     def level_cells(self) -> Tensor:
         levels = self._log_ratios[self._log_ratios.isfinite()]  # a zero terminal SNR is left out
+        if bool((levels.diff() <= 0).any()):
+            raise ValueError(
+                f"the noise levels of {self.scheduler_name} do not increase with its timesteps: with rescale_betas_zero_snr "
+                f"Diffusers sets the last to {levels[-1].exp():.4g}. Train at its own timesteps, without noise_distribution= and "
+                "validation_split=."
+            )
         halves = levels.diff() / 2 if len(levels) > 1 else torch.ones_like(levels)
         return torch.cat([levels[:1] - halves[:1], levels[:-1] + levels.diff() / 2, levels[-1:] + halves[-1:]]).exp()
 
@@ -235,8 +241,9 @@ class SchedulerProcess(NoiseProcess):
         cells = self.level_cells()
         if len(cells) <= len(self._timesteps):
             raise TypeError(
-                f"the last timestep of {self.scheduler_name} is pure noise, of no finite level. Use a scheduler without "
-                "rescale_betas_zero_snr."
+                f"the last timestep of {self.scheduler_name} is pure noise, of no finite level (rescale_betas_zero_snr), so that "
+                "its timesteps have no distribution of noise levels, from which noise_distribution='adaptive' starts. Leave it "
+                "out, or pass noise_mean= and noise_std= with it, which draw finite levels alone."
             )
         return Piecewise(tuple(cells.tolist()), (1.0,) * (len(cells) - 1))
 

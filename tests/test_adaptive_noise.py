@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from scipy import stats
 
 from stf_diffusers import EDM, VE, VP, FlowMatching, SchedulerProcess, STFTrainingObjective, target_variance
@@ -61,8 +61,27 @@ def test_a_scheduler_of_pure_noise_at_the_end():
     process = SchedulerProcess(DDPMScheduler(rescale_betas_zero_snr=True))
     if math.isfinite(float(process.sigma(process.timesteps[-1:]) / process.alpha(process.timesteps[-1:]))):
         pytest.skip("this Diffusers keeps the last level finite")
-    with pytest.raises(TypeError, match="pure noise"):
-        process.level_distribution()
+    with pytest.raises(TypeError, match=r"pure noise.*noise_distribution='adaptive'.*noise_mean="):
+        AdaptiveNoise(process)
+    levels = AdaptiveNoise(process, LogNormal()).sample(1000)
+    assert levels.isfinite().all() and (process.times_at(levels) < 999).all()
+
+
+def test_levels_that_do_not_increase():
+    """Diffusers cuts the last one of these off at 4096, below those before it."""
+    process = SchedulerProcess(EulerDiscreteScheduler(rescale_betas_zero_snr=True))
+    with pytest.raises(ValueError, match=r"do not increase with its timesteps.*4096.*noise_distribution="):
+        AdaptiveNoise(process)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_too_few_timesteps(steps):
+    process = discrete(steps)
+    if steps == 3:
+        AdaptiveNoise(process).subtract([0.1, 1.0], [0.0, 0.0])
+        return
+    with pytest.raises(ValueError, match=f"the process has {steps} timesteps.*3 or more"):
+        AdaptiveNoise(process)
 
 
 def test_a_process_that_does_not_say():

@@ -92,6 +92,9 @@ COMBINATIONS = {
     "two sources of noise levels": Row(
         "--noise_distribution log_uniform --p_mean 0", "--p_mean and --noise_distribution both say"
     ),
+    "two priors": Row(
+        "--noise_distribution adaptive --noise_mean 0 --p_mean 1", "--p_mean and --noise_distribution both say"
+    ),
     "no such distribution": Row("--noise_distribution normal", ("--noise_distribution normal is none of", "log_normal")),
     "a profile of a stream": Row("--noise_distribution profile --streaming", "leave --streaming and --vae out"),
     "a mean without a distribution": Row("--noise_mean 0", "--noise_mean needs --noise_distribution log_normal"),

@@ -19,7 +19,7 @@ from ..adaptive_noise import AdaptiveNoise
 from ..diagnostics import Estimate
 from ..export import network_of
 from ..forward_process import NoiseProcess
-from ..noise_distribution import NoiseDistribution
+from ..noise_distribution import NoiseDistribution, Piecewise
 from ..objective import STFTrainingObjective
 from ..plotting import plot_validation
 from ..posterior import PosteriorMean, pixels_to_float
@@ -163,11 +163,17 @@ def validation_times(process: NoiseProcess, distribution: NoiseDistribution | No
     """Times of `NUM_LEVELS` noise levels, one in the middle of each of as many equally likely parts of those drawn.
 
     Of an adaptive distribution those of its prior, so that all evaluations have the same. Ascending, float32; fewer where the
-    process has fewer timesteps.
+    process has fewer timesteps, of which those of pure noise are left out.
     """
     if isinstance(distribution, AdaptiveNoise):
         distribution = distribution.prior
-    distribution = process.level_distribution() if distribution is None else distribution
+    if distribution is None:
+        cells = process.level_cells()  # without timesteps of pure noise, which have no level
+        distribution = (
+            process.level_distribution()
+            if cells is None
+            else Piecewise(tuple(cells.tolist()), (1.0,) * (len(cells) - 1))
+        )
     ends = torch.tensor(process.training_range(), dtype=torch.float64, device="cpu")
     below, above = distribution.cdf(ends.log()).tolist()
     middles = (torch.arange(NUM_LEVELS, dtype=torch.float64, device="cpu") + 0.5) / NUM_LEVELS

@@ -250,8 +250,15 @@ def test_references_stay_those_of_the_run(flags, tmp_path, caplog):
         train(flags("--max_train_steps", 4, "--resume_from_checkpoint", "latest", "--reference", "bank"))
 
 
-@pytest.mark.parametrize("begun", [["log_normal", "--noise_mean", 0.4], ["adaptive"]], ids=lambda begun: begun[0])
-def test_a_profile_does_not_take_over_other_noise_levels(begun, flags):
+@pytest.mark.parametrize(
+    "begun",
+    [["log_normal", "--noise_mean", 0.4], ["adaptive"], ["log_uniform"], ["a file"]],
+    ids=lambda begun: begun[0],
+)
+def test_a_profile_does_not_take_over_other_noise_levels(begun, flags, tmp_path):
+    if begun == ["a file"]:
+        (tmp_path / "levels.json").write_text('{"name": "piecewise", "levels": [0.1, 1, 10], "weights": [1, 2]}')
+        begun = [str(tmp_path / "levels.json")]
     train(flags("--noise_distribution", *begun))
-    with pytest.raises(ValueError, match="noise_distribution"):
+    with pytest.raises(ValueError, match="--noise_distribution profile, but the run was begun with"):
         train(flags("--noise_distribution", "profile", "--resume_from_checkpoint", "latest", "--max_train_steps", 3))

@@ -175,6 +175,12 @@ def test_few_timesteps_have_few_levels():
     assert validation_times(process, None).tolist() == [0, 1, 2, 3, 4]
 
 
+def test_pure_noise_has_no_level():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=5, beta_end=0.9, rescale_betas_zero_snr=True)
+    assert validation_times(SchedulerProcess(scheduler), None).tolist() == [0, 1, 2, 3]
+
+
 # ---- when
 
 
