@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         distribution = choose_distribution(
             args.noise_distribution, process, noise_mean=args.noise_mean, noise_std=args.noise_std,
             profile=lambda: profile_of(pixels, process, seed=args.seed, device=device),
-            begun_with=begun.get("noise_distribution"), sampling_range=sampling_range,
+            begun_with=begun.get("noise_distribution") if begun.get("noise_profile") else None, sampling_range=sampling_range,
             adaptive_power=args.adaptive_power, adaptive_floor=args.adaptive_floor, device=device,
         )  # fmt: skip
         objective = STFTrainingObjective(process, distribution=distribution)
@@ -446,9 +446,8 @@ def main(argv: list[str] | None = None) -> None:
                 "num_classes": images.num_classes, "reference": references.kind, "reference_batch_size": references.n,
                 "num_processes": num_processes, "share_reference": references.shared,
                 "process": process_to_config(process), "sampling_range": sampling_range,
-                "noise_distribution": distribution_settings(
-                    distribution, profile=args.noise_distribution == "profile", importance_weights=args.importance_weights
-                ),
+                "noise_distribution": distribution_settings(distribution, importance_weights=args.importance_weights),
+                "noise_profile": args.noise_distribution == "profile",
                 "null_label": conditioning.null_label if args.class_dropout else None,
             },
         )  # fmt: skip

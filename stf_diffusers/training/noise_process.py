@@ -152,7 +152,7 @@ def choose_distribution(
             for "logit_normal", by default 0 and 1. For "adaptive" they make "log_normal" its prior, which by default is the
             process's own distribution.
         profile: measures the data, for instance by `profile_of`.
-        begun_with: `distribution_settings` of the run that is resumed: a profile is not measured again.
+        begun_with: config of the profile of the run that is resumed, which is not measured again.
         sampling_range: "sigma_min" and "sigma_max" of sampling, where they are not the process's own, as from `choose_process`.
         adaptive_power, adaptive_floor: of "adaptive". None: those of `AdaptiveNoise`.
         device: where an adaptive distribution keeps its tables.
@@ -161,8 +161,8 @@ def choose_distribution(
         The distribution; None for the process's own.
 
     Raises:
-        ValueError: a parameter that the distribution does not have, a file that is none, a distribution that has next to
-            nothing where the process is trained, or a profile for a run that was begun with other levels.
+        ValueError: a parameter that the distribution does not have, a file that is none, or a distribution that has next to
+            nothing where the process is trained.
     """
     given = {key: value for key, value in (("mean", noise_mean), ("std", noise_std)) if value is not None}
     if given and noise_distribution not in ("log_normal", "logit_normal", "adaptive"):
@@ -181,14 +181,7 @@ def choose_distribution(
     elif noise_distribution == "log_uniform":
         distribution = Piecewise.log_uniform(low, high)
     elif noise_distribution == "profile" and profile is not None:
-        if begun_with is None:
-            distribution = profile()
-        elif begun_with["name"] != "profile":
-            raise ValueError(
-                f"noise_distribution='profile', but the run was begun with {begun_with['name']}. Resume it with the same levels."
-            )
-        else:
-            distribution = distribution_from_config({**begun_with, "name": "piecewise"})
+        distribution = profile() if begun_with is None else distribution_from_config(dict(begun_with))
     elif noise_distribution == "adaptive":
         settings: dict[str, Any] = {"power": adaptive_power, "floor": adaptive_floor, "device": device}
         chosen = {name: value for name, value in settings.items() if value is not None}
@@ -200,20 +193,13 @@ def choose_distribution(
 
 
 def distribution_settings(
-    distribution: NoiseDistribution | None, *, profile: bool = False, importance_weights: bool = False
+    distribution: NoiseDistribution | None, *, importance_weights: bool = False
 ) -> dict[str, Any] | None:
     """What a resumed run must share: the config of a distribution; of an adaptive one how it adapts, and its prior's config,
     None for the process's own.
-
-    Args:
-        distribution: as of `choose_distribution`.
-        profile: whether it was measured, as "profile" is.
-        importance_weights: whether the loss has the weights of an adaptive distribution.
     """
-    if distribution is None:
-        return None
     if not isinstance(distribution, AdaptiveNoise):
-        return distribution_to_config(distribution) | ({"name": "profile"} if profile else {})
+        return None if distribution is None else distribution_to_config(distribution)
     return {
         "name": "adaptive",
         "power": distribution.power,
