@@ -447,7 +447,7 @@ def main(argv: list[str] | None = None) -> None:
                 "num_processes": num_processes, "share_reference": references.shared,
                 "process": process_to_config(process), "sampling_range": sampling_range,
                 "noise_distribution": distribution_settings(distribution, importance_weights=args.importance_weights),
-                "noise_profile": args.noise_distribution == "profile",
+                "noise_profile": args.noise_distribution == "profile" or None,
                 "null_label": conditioning.null_label if args.class_dropout else None,
             },
         )  # fmt: skip
